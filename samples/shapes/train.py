@@ -113,9 +113,9 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self) -> None:
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        for key, value in self.module.state_dict().items():
-            if value.is_floating_point():
-                self.ema[key].lerp_(value, 1 - decay)
+        state = self.module.state_dict()
+        keys = [key for key, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.ema[k] for k in keys], [state[k] for k in keys], 1 - decay)
 
 
 def scene_pictures(count: int, seed: int) -> torch.Tensor:
@@ -210,13 +210,15 @@ class SceneLatents:
                     parts.append((latents - config.shift_factor) * config.scaling_factor)
             torch.save(torch.cat(parts).half(), path)
         self.latents = torch.load(path, weights_only=True)
+        labels = np.stack([token_labels(scene) for scene in self.scenes])
+        self.labels = torch.from_numpy((labels * 255).round().astype(np.uint8))
 
     def batch(self, size: int, rng: np.random.Generator):
         index = rng.integers(len(self.scenes), size=size)
         scenes = [self.scenes[i] for i in index]
         texts = ["" if rng.random() < 0.1 else world.caption(s, rng) for s in scenes]
-        labels = torch.from_numpy(np.stack([token_labels(s) for s in scenes]))
-        return self.latents[torch.from_numpy(index)].float(), texts, labels
+        index = torch.from_numpy(index)
+        return self.latents[index].float(), texts, self.labels[index].float() / 255
 
 
 class SD3Bundle(nn.Module):

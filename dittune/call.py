@@ -1,0 +1,116 @@
+"""What a method sees of one attention call. Values only, no behaviour beyond slicing rows and heads.
+
+Shape letters: `B` batch rows, `H` heads, `Sq`/`Skv` query/key tokens, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Role = object  # "uncond", "cond", or the method whose extra branch it is
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of a model where attention is computed.
+
+    Attributes:
+        layer: position in execution order among the sites of the same `kind`.
+        kind: `joint` (text and image in one sequence), `self`, `cross` or `temporal`.
+        name: module path inside the denoiser, for messages.
+        heads: number of attention heads.
+    """
+
+    layer: int
+    kind: str
+    name: str
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} layer {self.layer} ({self.name}, {self.heads} heads)"
+
+
+class TokenLayout(NamedTuple):
+    """Which tokens of a sequence are image and which are text.
+
+    Attributes:
+        image: first and one-past-last image token.
+        text: first and one-past-last text token; equal where there is no text.
+        grid: image tokens as `(frames, height, width)`, slow to fast.
+    """
+
+    image: tuple[int, int]
+    text: tuple[int, int]
+    grid: tuple[int, int, int]
+
+
+class AttnCall(NamedTuple):
+    """One call of the attention core, after projections, norms and rotary embedding.
+
+    Attributes:
+        query: `[B, H, Sq, D]`.
+        key: `[B, H, Skv, D]`.
+        value: `[B, H, Skv, D]`.
+        options: further keyword arguments of the model's own core (mask, scale, back-end).
+        roles: what the equal chunks of the batch are, in row order, e.g. `("uncond", "cond")`.
+        layout: where text and image tokens are.
+        site: which attention this is. Do not read it inside compiled code: a value that differs by
+            layer costs one compilation a layer. Put tensors into `state` instead.
+        state: what the method's own `site_state` returned for this site.
+        core: the model's own attention core; `proceed` ends in it.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    options: dict[str, Any]
+    roles: tuple[Role, ...]
+    layout: TokenLayout
+    site: Site
+    state: Any
+    core: Callable[[AttnCall], torch.Tensor]
+
+    def chunk_of(self, role: Role) -> tuple[int, int] | None:
+        """First and one-past-last batch row of a role, or None if the batch has no such rows."""
+        return rows_of(role, self.roles, self.query.shape[0])
+
+    def take_rows(self, first: int, last: int) -> AttnCall:
+        """The call for batch rows `first..last` only; they must be whole chunks."""
+        size = self.query.shape[0] // len(self.roles)
+        options = self.options
+        mask = options.get("attn_mask")
+        if mask is not None and mask.ndim > 2 and mask.shape[0] > 1:
+            options = {**options, "attn_mask": mask[first:last]}
+        return self._replace(
+            query=self.query[first:last],
+            key=self.key[first:last],
+            value=self.value[first:last],
+            options=options,
+            roles=self.roles[first // size : last // size],
+        )
+
+    def take_heads(self, index: torch.Tensor) -> AttnCall:
+        """The call for some heads only, `index` an int64 tensor of head numbers."""
+        options = self.options
+        mask = options.get("attn_mask")
+        if mask is not None and mask.ndim > 3 and mask.shape[1] > 1:
+            options = {**options, "attn_mask": mask.index_select(1, index)}
+        return self._replace(
+            query=self.query.index_select(1, index),
+            key=self.key.index_select(1, index),
+            value=self.value.index_select(1, index),
+            options=options,
+        )
+
+
+def rows_of(role: Role, roles: tuple[Role, ...], batch: int) -> tuple[int, int] | None:
+    """First and one-past-last row of `role` in a batch made of equal chunks, one a role."""
+    for i, other in enumerate(roles):
+        if other is role or (isinstance(role, str) and other == role):
+            size = batch // len(roles)
+            return i * size, (i + 1) * size
+    return None

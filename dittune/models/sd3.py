@@ -1,0 +1,58 @@
+"""Stable Diffusion 3 and 3.5: `SD3Transformer2DModel`.
+
+Every block has a joint attention over `[image, text]`. The first blocks of SD3.5-medium also have
+an image-only self attention, `attn2`, which runs after the joint one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dittune.call import Site, TokenLayout
+
+MODEL_CLASSES = ("SD3Transformer2DModel",)
+
+# Attention-core calls in each stock processor.
+CORE_CALLS = {"JointAttnProcessor2_0": 1, "FusedJointAttnProcessor2_0": 1}
+
+# Arguments of the denoiser whose first axis is the batch.
+BATCHED = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "pooled_projections",
+    "timestep",
+    "block_controlnet_hidden_states",
+)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Attention sites in execution order."""
+    found = []
+    dual = 0
+    for i, block in enumerate(model.transformer_blocks):
+        found.append(Site(i, "joint", f"transformer_blocks.{i}.attn", block.attn.heads))
+        if block.attn2 is not None:
+            found.append(Site(dual, "self", f"transformer_blocks.{i}.attn2", block.attn2.heads))
+            dual += 1
+    return found
+
+
+def roles(pipe: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """What the chunks of a batch are: rows are [uncond, cond] when guidance is on."""
+    if kwargs.get("skip_layers") is not None:
+        return ("skip",)  # the extra pass of the pipeline's own skip-layer guidance
+    guided = pipe is not None and pipe.do_classifier_free_guidance
+    return ("uncond", "cond") if guided else ("cond",)
+
+
+def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, TokenLayout]:
+    """Token layout of each kind of site for the inputs of one denoiser call."""
+    height, width = (side // model.config.patch_size for side in kwargs["hidden_states"].shape[-2:])
+    image, text = height * width, kwargs["encoder_hidden_states"].shape[1]
+    grid = (1, height, width)
+    return {
+        "joint": TokenLayout((0, image), (image, image + text), grid),
+        "self": TokenLayout((0, image), (image, image), grid),
+    }

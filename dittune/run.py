@@ -1,0 +1,88 @@
+"""The state of one generation, and the inputs of one denoiser call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dittune.call import Role, TokenLayout, rows_of
+
+
+class Run:
+    """Everything that changes during one generation. Made at its start, dropped at its end.
+
+    Attributes:
+        step: index of the current denoising step, from 0.
+        num_steps: number of steps, 0 until the first denoiser call.
+        roles: what the chunks of the current batch are.
+        layouts: token layout of the current denoiser call, by kind of site.
+    """
+
+    def __init__(self, num_steps: int = 0):
+        self.step = 0
+        self.num_steps = num_steps
+        self.roles: tuple[Role, ...] = ()
+        self.layouts: dict[str, TokenLayout] = {}
+        self._memory: dict[int, SimpleNamespace] = {}
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that are done, in [0, 1)."""
+        return self.step / max(self.num_steps, 1)
+
+    def memory(self, method: object) -> SimpleNamespace:
+        """What a method wants to remember until the end of this generation."""
+        return self._memory.setdefault(id(method), SimpleNamespace())
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Arguments of one denoiser call, whose batch is made of equal chunks, one for each role.
+
+    Attributes:
+        kwargs: the denoiser's arguments by name.
+        roles: what the chunks are, in row order.
+        batched: names in `kwargs` whose first axis is the batch.
+        run: the generation this call belongs to.
+    """
+
+    kwargs: dict[str, Any]
+    roles: tuple[Role, ...]
+    batched: tuple[str, ...]
+    run: Run
+
+    def rows(self, role: Role, batch: int) -> slice:
+        """Rows of a role in a batch of `batch` rows."""
+        found = rows_of(role, self.roles, batch)
+        if found is None:
+            raise KeyError(f"no {role!r} rows in a batch of {self.roles}")
+        return slice(*found)
+
+    def only(self, role: Role, named: Role | None = None) -> ModelInputs:
+        """The call with the rows of one role, which may get another name."""
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[self.rows(role, tensor.shape[0])]
+
+        return replace(self, kwargs=self._map(take), roles=(role if named is None else named,))
+
+    def plus(self, role: Role, like: Role) -> ModelInputs:
+        """The call with one more chunk at the end, a copy of the rows of `like`."""
+
+        def extend(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor[self.rows(like, tensor.shape[0])]])
+
+        return replace(self, kwargs=self._map(extend), roles=(*self.roles, role))
+
+    def _map(self, change) -> dict[str, Any]:
+        kwargs = dict(self.kwargs)
+        for name in self.batched:
+            value = kwargs.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim > 0:
+                kwargs[name] = change(value)
+            elif isinstance(value, (list, tuple)):
+                kwargs[name] = type(value)(change(item) for item in value)
+        return kwargs
