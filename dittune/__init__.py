@@ -1,43 +1,41 @@
 """dittune: attention control for diffusion transformers.
 
-    with dittune.attach(pipe, dittune.SoftPAG(heads="2:1,3:0", u=0.5, scale=3.0)):
-        image = pipe("a red circle and a blue square").images[0]
+with dittune.attach(pipe, dittune.SoftPAG(heads="2:1,3:0", u=0.5, scale=3.0)):
+    image = pipe("a red circle and a blue square").images[0]
 """
 
 import importlib.util
 import sys
 from pathlib import Path
 
+from dittune.attach import Attachment, attach
+from dittune.errors import DittuneError
+from dittune.heads import HeadSet
+from dittune.method import Method
+
 __version__ = "0.1.0"
 
-# Public name -> module it comes from; imported at first use, so that `import dittune` stays light.
-_PUBLIC = {
-    "attach": "dittune.attach",
-    "Attachment": "dittune.attach",
-    "Method": "dittune.method",
-    "HeadSet": "dittune.heads",
+# Public name -> module it comes from, imported at first use so that `import dittune` stays light.
+_LAZY = {
     "Pipeline": "dittune.pipelines.pipeline",
     "checkpoint": "dittune.checkpoints",
     "available_checkpoints": "dittune.checkpoints",
     "available_methods": "dittune.methods",
     "load_method": "dittune.methods",
     "available_models": "dittune.models",
-    "DittuneError": "dittune.errors",
     "SoftPAG": "dittune.methods.softpag",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = ["Attachment", "DittuneError", "HeadSet", "Method", "__version__", "attach", *_LAZY]
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC:
+    if name not in _LAZY:
         raise AttributeError(f"module 'dittune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value  # also replaces the sub-module of the same name, `dittune.attach`
-    return value
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_LAZY})
 
 
 def _bootstrap_source_checkout() -> None:

@@ -197,9 +197,7 @@ class _Model:
 
     def swaps(self) -> list[tuple]:
         """(write, place, old, new) for everything to be changed."""
-        swaps = [
-            (_set_processor, module, stock, ours) for module, stock, ours in self.installed
-        ]
+        swaps = [(_set_processor, module, stock, ours) for module, stock, ours in self.installed]
         stock_class = type(self.model)
         swaps.append((_set_class, self.model, stock_class, _model_class(self.owner, stock_class)))
         return swaps
@@ -220,9 +218,7 @@ class _Model:
             ours.installed.chain = ours.installed.run = None
             ours.installed.fired = False
 
-    def call(
-        self, run: Run, pipe: Any, stock_call: Callable, args: tuple, kwargs: dict
-    ) -> Any:
+    def call(self, run: Run, pipe: Any, stock_call: Callable, args: tuple, kwargs: dict) -> Any:
         if args:
             kwargs = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
             kwargs.pop("self")

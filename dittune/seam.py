@@ -47,9 +47,7 @@ def stock_attention(call: AttnCall) -> torch.Tensor:
 
 
 def _sdpa_core(call: AttnCall) -> torch.Tensor:
-    return functional.scaled_dot_product_attention(
-        call.query, call.key, call.value, **call.options
-    )
+    return functional.scaled_dot_product_attention(call.query, call.key, call.value, **call.options)
 
 
 def _dispatch_core(call: AttnCall) -> torch.Tensor:
@@ -77,7 +75,15 @@ class InstalledSite:
         self.fired = True
         run = self.run
         call = AttnCall(
-            query, key, value, options, run.roles, run.layouts[self.site.kind], self.site, None, core
+            query,
+            key,
+            value,
+            options,
+            run.roles,
+            run.layouts[self.site.kind],
+            self.site,
+            None,
+            core,
         )
         return self.chain(call)
 
@@ -135,7 +141,9 @@ class _Redirect(ast.NodeTransformer):
         if name in REDIRECT:
             self.count += 1
             owner = ast.Name("self", ast.Load())
-            node.func = ast.copy_location(ast.Attribute(owner, REDIRECT[name], ast.Load()), function)
+            node.func = ast.copy_location(
+                ast.Attribute(owner, REDIRECT[name], ast.Load()), function
+            )
             ast.fix_missing_locations(node.func)
         return node
 
@@ -183,7 +191,9 @@ def _rewrite(stock_call: FunctionType) -> tuple[FunctionType, int]:
     tree = ast.fix_missing_locations(redirect.visit(tree))
     ast.increment_lineno(tree, stock_call.__code__.co_firstlineno - 1)
     if stock_call.__code__.co_freevars:
-        raise UnsupportedModelError(f"{stock_call.__qualname__} is a closure; it cannot be rewritten")
+        raise UnsupportedModelError(
+            f"{stock_call.__qualname__} is a closure; it cannot be rewritten"
+        )
     namespace: dict[str, Any] = {}
     flags = stock_call.__code__.co_flags & _future_flags()
     code = compile(tree, stock_call.__code__.co_filename, "exec", flags=flags, dont_inherit=True)

@@ -29,7 +29,9 @@ def load_method(name: str) -> type[Method]:
     classes = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
     ]
     if len(classes) != 1:
         raise ConfigError(f"{module.__name__} must define exactly one method, has {len(classes)}")

@@ -63,7 +63,9 @@ class SoftPAG(Method):
             raise ConfigError(f"softpag: u is in [0, 1], got {self.u}")
         for name in ("rows", "cols"):
             if getattr(self, name) not in ("all", "image"):
-                raise ConfigError(f"softpag: {name} is 'all' or 'image', got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"softpag: {name} is 'all' or 'image', got {getattr(self, name)!r}"
+                )
         if self.cols == "image" and self.rows == "all":
             raise ConfigError("softpag: cols='image' needs rows='image'")
         if self.kind not in ("", "joint", "self"):
@@ -79,12 +81,16 @@ class SoftPAG(Method):
             if sites:
                 return HeadSet(self.heads).select(sites)
         kinds = ", ".join(sorted({site.kind for site in available}))
-        raise SelectionError(f"softpag needs {self.kind or 'self'} attention; the model has {kinds}")
+        raise SelectionError(
+            f"softpag needs {self.kind or 'self'} attention; the model has {kinds}"
+        )
 
     def site_state(self, site: Site, device: torch.device) -> _Heads:
         chosen = HeadSet(self.heads).at(site)
         kept = [head for head in range(site.heads) if head not in chosen]
-        return _Heads(*(torch.tensor(part, dtype=torch.long, device=device) for part in (chosen, kept)))
+        return _Heads(
+            *(torch.tensor(part, dtype=torch.long, device=device) for part in (chosen, kept))
+        )
 
     def around_model(
         self, inputs: ModelInputs, model: Callable[[ModelInputs], torch.Tensor]
@@ -96,7 +102,9 @@ class SoftPAG(Method):
         if not separate:
             try:
                 both = model(inputs.plus(self, like="cond"))
-                plain, perturbed = both.tensor_split([len(both) - len(both) // (len(inputs.roles) + 1)])
+                plain, perturbed = both.tensor_split(
+                    [len(both) - len(both) // (len(inputs.roles) + 1)]
+                )
             except torch.OutOfMemoryError:
                 if self.batched:
                     raise

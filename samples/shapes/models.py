@@ -1,10 +1,17 @@
-"""Builders of the small models that are trained on the Shapes world, all of diffusers' own classes."""
+"""Builders of the small models trained on the Shapes world, all of diffusers' own classes."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dittune.samples.shapes import world
@@ -79,6 +86,22 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextMod
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def build_silent_t5(width: int = 128) -> T5EncoderModel:
+    """A T5 encoder without layers whose output is zero, which is what SD3 uses without T5.
+
+    `StableDiffusion3Pipeline.from_pretrained` insists on the component, even on its absence.
+    """
+    config = T5Config(vocab_size=4, d_model=width, d_kv=8, d_ff=8, num_layers=0, num_heads=1)
+    encoder = T5EncoderModel(config)
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder
+
+
+def build_silent_t5_tokenizer() -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
 def build_sd3_transformer(width: int = 128, layers: int = 6, text_width: int = 128):

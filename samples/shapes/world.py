@@ -3,7 +3,8 @@
 A scene is 1 to 4 objects of different colours on a plain background, drawn 64 x 64. Its caption
 comes from a small grammar::
 
-    [a|an] [small|large]? COLOR SHAPE  joined by ", " / " and " / a relation  (on a COLOR background)?
+    OBJECTS [on a COLOR background]    OBJECTS = OBJECT joined by ", ", " and " or a RELATION
+    OBJECT = a|an [small|large] COLOR SHAPE
 
 Everything a caption states can be checked in the picture; `score.py` does so. Train, validation and
 test scenes differ in which *pairs of objects* may stand together (`split_of_pair`), so a model that
@@ -103,9 +104,9 @@ def draw(scene: Scene, side: int = CANVAS) -> np.ndarray:
     picture = np.empty((side, side, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
-        alpha = coverage(
-            thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, side
-        )[..., None]
+        alpha = coverage(thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, side)[
+            ..., None
+        ]
         picture = (1 - alpha) * picture + alpha * np.float32(COLORS[thing.color])
     return np.round(picture).astype(np.uint8)
 
@@ -114,7 +115,7 @@ def draw(scene: Scene, side: int = CANVAS) -> np.ndarray:
 
 
 def split_of_pair(first: tuple[str, str], second: tuple[str, str]) -> str:
-    """Which split owns an unordered pair of (color, shape): 10 % `val`, 10 % `test`, else `train`."""
+    """The split that owns a pair of (color, shape): 10 % `val`, 10 % `test`, else `train`."""
     key = " | ".join(" ".join(thing) for thing in sorted((first, second)))
     fold = hashlib.sha256(key.encode()).digest()[0] % 10
     return {0: "val", 1: "test"}.get(fold, "train")
@@ -161,9 +162,7 @@ def _place(rng: np.random.Generator, radii: Sequence[int]) -> list[tuple[int, in
     return placed
 
 
-def sample_scene(
-    rng: np.random.Generator, count: int | None = None, split: str = "train"
-) -> Scene:
+def sample_scene(rng: np.random.Generator, count: int | None = None, split: str = "train") -> Scene:
     """A random scene of `split` with `count` objects (1 to 4; drawn at random if None)."""
     if count is None:
         count = int(rng.choice([1, 2, 3, 4], p=[0.25, 0.4, 0.2, 0.15]))
@@ -191,11 +190,7 @@ def article(words: str) -> str:
 def true_relations(first: SceneObject, second: SceneObject) -> list[str]:
     """Relations of `first` to `second` that hold with `RELATION_MARGIN` to spare."""
     dx, dy = first.x - second.x, first.y - second.y
-    return [
-        name
-        for name, (sx, sy) in RELATIONS.items()
-        if sx * dx + sy * dy >= RELATION_MARGIN
-    ]
+    return [name for name, (sx, sy) in RELATIONS.items() if sx * dx + sy * dy >= RELATION_MARGIN]
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

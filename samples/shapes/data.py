@@ -1,0 +1,77 @@
+"""Training data drawn from the Shapes world: pictures, latents, captions, token labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from dittune.samples.shapes import world
+
+SCENES = 80_000
+LABELS = len(world.COLORS) + len(world.BACKGROUNDS) + len(world.SHAPES)
+COLOR_LABELS = len(world.COLORS) + len(world.BACKGROUNDS)
+
+
+def scene_pictures(count: int, seed: int) -> torch.Tensor:
+    """`count` training pictures, uint8 `[N, 3, 64, 64]`."""
+    rng = np.random.default_rng(seed)
+    pictures = np.stack([world.draw(world.sample_scene(rng)) for _ in range(count)])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+
+
+def to_unit(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float -1..1."""
+    return pictures.float() / 127.5 - 1
+
+
+def token_labels(scene: world.Scene, tokens: int = 8) -> np.ndarray:
+    """What stands in each image token: share of every colour and every shape, `[tokens**2, 17]`.
+
+    Columns: 8 object colours, 3 backgrounds, 6 shapes. Used for the auxiliary loss only.
+    """
+    colors = [*world.COLORS, *world.BACKGROUNDS]
+    labels = np.zeros((tokens, tokens, len(colors) + len(world.SHAPES)), np.float32)
+    patch = world.CANVAS // tokens
+    for thing in scene.objects:
+        cover = world.coverage(thing.shape, thing.x, thing.y, thing.radius, world.CANVAS)
+        share = cover.reshape(tokens, patch, tokens, patch).mean((1, 3))
+        labels[..., colors.index(thing.color)] += share
+        labels[..., len(colors) + world.SHAPES.index(thing.shape)] += share
+    free = 1 - labels[..., : len(world.COLORS)].sum(-1)
+    labels[..., colors.index(scene.background)] = free.clip(0, 1)
+    return labels.reshape(tokens * tokens, -1)
+
+
+class SceneLatents:
+    """Training scenes with their latents, made once and kept on disk."""
+
+    def __init__(self, work: Path, count: int = SCENES):
+        rng = np.random.default_rng(3)
+        self.scenes = [world.sample_scene(rng) for _ in range(count)]
+        path = work / f"latents-{count}.pt"
+        if not path.exists():
+            vae = AutoencoderKL.from_pretrained(work / "autoencoder" / "vae").eval()
+            config, parts = vae.config, []
+            with torch.no_grad():
+                for i in tqdm(range(0, count, 200), desc="latents", mininterval=5):
+                    pictures = np.stack([world.draw(s) for s in self.scenes[i : i + 200]])
+                    x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+                    x = x.contiguous(memory_format=torch.channels_last)
+                    with torch.autocast("cpu", torch.bfloat16):
+                        latents = vae.encode(x).latent_dist.mean.float()
+                    parts.append((latents - config.shift_factor) * config.scaling_factor)
+            torch.save(torch.cat(parts).half(), path)
+        self.latents = torch.load(path, weights_only=True)
+        labels = np.stack([token_labels(scene) for scene in self.scenes])
+        self.labels = torch.from_numpy((labels * 255).round().astype(np.uint8))
+
+    def batch(self, size: int, rng: np.random.Generator):
+        index = rng.integers(len(self.scenes), size=size)
+        scenes = [self.scenes[i] for i in index]
+        texts = ["" if rng.random() < 0.1 else world.caption(s, rng) for s in scenes]
+        index = torch.from_numpy(index)
+        return self.latents[index].float(), texts, self.labels[index].float() / 255

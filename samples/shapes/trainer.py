@@ -1,0 +1,115 @@
+"""The training loop every stage shares: schedule, EMA, resumable state, loss log."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+WARMUP = 100  # steps
+DECAY_SHARE = 0.3  # share of the steps over which the learning rate falls to zero
+SAVE_SECONDS = 60
+
+
+def lr_factor(step: int, steps: int) -> float:
+    """Warm-up, constant, linear decay to zero."""
+    return min(1.0, (step + 1) / WARMUP, max(0.0, (steps - step) / (DECAY_SHARE * steps)))
+
+
+class Trainer:
+    """Runs optimizers on a module until a number of steps is done, from wherever it was stopped.
+
+    Args:
+        module: what is trained and saved.
+        optimizers: stepped together; their learning rates follow `lr_factor`.
+        loss_fn: step -> named losses, of which `loss` is minimised and all are logged.
+        work: folder of `state.pt` and `loss.csv`.
+        steps: how many steps the whole training has.
+        ema_decay: of the moving average of the weights, `ema`, which is what gets exported.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Iterable[torch.optim.Optimizer],
+        loss_fn: Callable[[int], dict[str, torch.Tensor]],
+        work: Path,
+        steps: int,
+        ema_decay: float = 0.999,
+    ):
+        self.module, self.loss_fn, self.steps = module, loss_fn, steps
+        self.optimizers = list(optimizers)
+        self.base_lrs = [[g["lr"] for g in opt.param_groups] for opt in self.optimizers]
+        self.ema_decay = ema_decay
+        self.ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        self.work, self.step, self.seconds = work, 0, 0.0
+        work.mkdir(parents=True, exist_ok=True)
+
+    def save(self) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "ema": self.ema,
+            "optimizers": [opt.state_dict() for opt in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, self.work / "state.tmp")
+        (self.work / "state.tmp").replace(self.work / "state.pt")
+
+    def resume(self) -> None:
+        path = self.work / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.ema = state["ema"]
+        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def run(self) -> None:
+        self.resume()
+        saved = started = time.monotonic()
+        bar = tqdm(total=self.steps, initial=self.step, mininterval=5, maxinterval=30)
+        log = (self.work / "loss.csv").open("a", newline="")
+        writer, sums = csv.writer(log), {}
+        while self.step < self.steps:
+            for opt, lrs in zip(self.optimizers, self.base_lrs, strict=True):
+                for group, lr in zip(opt.param_groups, lrs, strict=True):
+                    group["lr"] = lr * lr_factor(self.step, self.steps)
+            losses = self.loss_fn(self.step)
+            losses["loss"].backward()
+            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            for opt in self.optimizers:
+                opt.step()
+                opt.zero_grad(set_to_none=True)
+            self._update_ema()
+            self.step += 1
+            for key, value in losses.items():
+                sums[key] = sums.get(key, 0.0) + float(value.detach())
+            if self.step % 50 == 0:
+                means = {k: v / 50 for k, v in sums.items()}
+                writer.writerow([self.step, *(f"{k}={v:.5f}" for k, v in means.items())])
+                log.flush()
+                bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+                sums = {}
+            bar.update()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self.seconds += time.monotonic() - started
+                saved = started = time.monotonic()
+                self.save()
+        self.seconds += time.monotonic() - started
+        self.save()
+        bar.close()
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        state = self.module.state_dict()
+        keys = [key for key, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.ema[k] for k in keys], [state[k] for k in keys], 1 - decay)
