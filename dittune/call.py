@@ -1,4 +1,4 @@
-"""What a method sees of one attention call. Values only, no behaviour beyond slicing rows and heads.
+"""What a method sees of one attention call: values, and slices of rows and heads.
 
 Shape letters: `B` batch rows, `H` heads, `Sq`/`Skv` query/key tokens, `D` head dim.
 """

@@ -66,7 +66,7 @@ class Method:
     def around_model(
         self, inputs: ModelInputs, model: Callable[[ModelInputs], torch.Tensor]
     ) -> torch.Tensor:
-        """Call the denoiser, once or more often; returns a prediction for every role of `inputs`."""
+        """Call the denoiser, once or more; returns a prediction for every role of `inputs`."""
         return model(inputs)
 
     def on_step(self, run: Run, latents: torch.Tensor) -> torch.Tensor:

@@ -195,7 +195,7 @@ def _rewrite(stock_call: FunctionType) -> tuple[FunctionType, int]:
             f"{stock_call.__qualname__} is a closure; it cannot be rewritten"
         )
     namespace: dict[str, Any] = {}
-    flags = stock_call.__code__.co_flags & _future_flags()
+    flags = stock_call.__code__.co_flags & annotations.compiler_flag
     code = compile(tree, stock_call.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
     exec(code, dict(stock_call.__globals__), namespace)
     function = namespace[definition.name]
@@ -205,12 +205,6 @@ def _rewrite(stock_call: FunctionType) -> tuple[FunctionType, int]:
     )
     rewritten.__kwdefaults__ = stock_call.__kwdefaults__
     return rewritten, redirect.count
-
-
-def _future_flags() -> int:
-    import __future__
-
-    return __future__.annotations.compiler_flag
 
 
 def _count_core_names(function: FunctionType) -> int:
@@ -249,10 +243,7 @@ def make_processor(stock: object, site: Site, expected_calls: int | None) -> obj
             f"{type(stock).__name__} at {site} has weights of its own (IP-Adapter and the like); "
             "unload it before attaching"
         )
-    if isinstance(stock, DittuneProcessor):
-        stock_class = type(stock).stock_class
-    else:
-        stock_class = type(stock)
+    stock_class = getattr(type(stock), "stock_class", type(stock))
     processor = object.__new__(processor_class(stock_class, expected_calls))
     processor.__dict__.update(stock.__dict__)
     processor.installed = InstalledSite(site)

@@ -1,0 +1,151 @@
+"""One attached denoiser: its facts, its sites, who acts where, and how a call of it runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dittune.class_swap import calling_subclass, owner_of, set_class
+from dittune.errors import AlreadyAttachedError, SeamError, SelectionError
+from dittune.method import Method
+from dittune.models import facts_for
+from dittune.run import ModelInputs, Run
+from dittune.seam import InstalledSite, Link, make_processor, stock_attention
+
+
+class AttachedModel:
+    """One attached denoiser: its facts, its sites, and who acts where."""
+
+    def __init__(self, model: nn.Module, methods: tuple[Method, ...], owner: Any):
+        if owner_of(model) is not None:
+            raise AlreadyAttachedError(
+                f"{type(model).__name__} is attached already; detach its handle first"
+            )
+        self.model, self.methods, self.owner = model, methods, owner
+        self.inner = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+        self.facts: ModuleType = facts_for(self.inner)
+        available = self.facts.sites(self.inner)
+        self.wanted = {method: list(method.sites(available)) for method in methods}
+        self._check_replacers()
+        self.signature = inspect.signature(type(self.inner).forward)
+        self.installed: list[tuple[nn.Module, object, object]] = []
+        for site in available:
+            if any(site in sites for sites in self.wanted.values()):
+                module = self.inner.get_submodule(site.name)
+                stock = module.processor
+                calls = self.facts.CORE_CALLS.get(type(stock).__name__)
+                self.installed.append((module, stock, make_processor(stock, site, calls)))
+        self.active: tuple[Method, ...] | None = None
+        self.checked: set[Method] = set()
+
+    def _check_replacers(self) -> None:
+        replacers = [method for method in self.wanted if method.replaces_attention]
+        for i, first in enumerate(replacers):
+            for second in replacers[i + 1 :]:
+                both = [site for site in self.wanted[first] if site in self.wanted[second]]
+                if both:
+                    raise SelectionError(
+                        f"{first.name} and {second.name} both replace the attention of {both[0]}; "
+                        "give them different sites, or use one"
+                    )
+
+    def swaps(self) -> list[tuple]:
+        """(write, place, old, new) for everything to be changed."""
+        swaps = [(_set_processor, module, stock, ours) for module, stock, ours in self.installed]
+        stock_class = type(self.model)
+        swaps.append((set_class, self.model, stock_class, self._calling_class(stock_class)))
+        return swaps
+
+    def _calling_class(self, stock: type) -> type:
+        owner = self.owner
+
+        def call(self, *args, **kwargs):
+            return owner.call_model(self, stock.__call__, args, kwargs)
+
+        return calling_subclass(owner, stock, call)
+
+    def check_installed(self) -> None:
+        for module, _, ours in self.installed:
+            if module.processor is not ours:
+                raise SeamError(
+                    f"the processor at {ours.installed.site} was replaced by "
+                    f"{type(module.processor).__name__} after attaching (attention slicing, "
+                    "fused projections, IP-Adapter?); attach after that call"
+                )
+
+    def forget_run(self) -> None:
+        self.active = None
+        self.checked = set()
+        for _, _, ours in self.installed:
+            ours.installed.chain = ours.installed.run = None
+            ours.installed.fired = False
+
+    def call(self, run: Run, pipe: Any, stock_call: Callable, args: tuple, kwargs: dict) -> Any:
+        if args:
+            kwargs = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
+            kwargs.pop("self")
+            kwargs.update(kwargs.pop("kwargs", {}))
+        if not run.num_steps:
+            run.num_steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        self._activate(run)
+        raw: list[Any] = []
+
+        def model(inputs: ModelInputs) -> torch.Tensor:
+            run.roles = inputs.roles
+            run.layouts = self.facts.layouts(self.inner, inputs.kwargs)
+            raw[:] = [stock_call(self.model, **inputs.kwargs)]
+            self._check_fired(inputs)
+            return raw[0][0]
+
+        around = model
+        for method in reversed(self.active):
+            if type(method).around_model is not Method.around_model:
+                around = functools.partial(method.around_model, model=around)
+        roles = self.facts.roles(pipe, kwargs)
+        sample = around(ModelInputs(kwargs, roles, self.facts.BATCHED, run))
+        if sample is raw[0][0]:
+            return raw[0]
+        if isinstance(raw[0], tuple):
+            return (sample, *raw[0][1:])
+        return type(raw[0])(**{**raw[0], "sample": sample})
+
+    def _activate(self, run: Run) -> None:
+        """Build the chains of the methods that act at this step, if they changed."""
+        active = tuple(m for m in self.methods if m.acts_at(run.step, run.num_steps))
+        if active == self.active:
+            return
+        device = next(self.inner.parameters()).device
+        for _, _, ours in self.installed:
+            installed: InstalledSite = ours.installed
+            chain: Callable = stock_attention
+            for method in reversed(active):
+                if installed.site in self.wanted[method]:
+                    chain = Link(method, method.site_state(installed.site, device), chain)
+            installed.run = run
+            installed.chain = None if chain is stock_attention else chain
+        self.active = active
+
+    def _check_fired(self, inputs: ModelInputs) -> None:
+        """A site that never fires is an error, no silent no-op. Checked once a method and run."""
+        new = set(self.active) - self.checked
+        if not new or "cond" not in inputs.roles:
+            return
+        self.checked |= new
+        for _, stock, ours in self.installed:
+            installed = ours.installed
+            if installed.chain is not None and not installed.fired:
+                raise SeamError(
+                    f"{installed.site} never called its attention core: "
+                    f"{type(stock).__name__} is bypassed by a cache, a compiled copy or another "
+                    "back-end; switch that off, or attach before compiling"
+                )
+
+
+def _set_processor(module: nn.Module, processor: object) -> None:
+    module.processor = processor
