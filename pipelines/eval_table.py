@@ -1,0 +1,91 @@
+"""Tables of scored images: success with intervals, and paired differences to the first variant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dittune.pipelines.evaluate import ImageScore
+
+Z95 = 1.959964
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share."""
+    if count == 0:
+        return 0.0, 1.0
+    share, z2 = successes / count, Z95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_difference(
+    scores: Sequence[ImageScore], baseline: Sequence[ImageScore], what: str = "success"
+) -> tuple[float, float, float] | None:
+    """Mean difference to the baseline on the same prompts and seeds, with a 95 % interval.
+
+    Seeds of one prompt are not independent, so the interval is over per-prompt means.
+    """
+    base = {(s.prompt, s.seed): getattr(s, what) for s in baseline}
+    by_prompt: dict[str, list[float]] = {}
+    for s in scores:
+        if (s.prompt, s.seed) in base:
+            difference = float(getattr(s, what)) - float(base[s.prompt, s.seed])
+            by_prompt.setdefault(s.prompt, []).append(difference)
+    if len(by_prompt) < 2:
+        return None
+    means = np.array([np.mean(values) for values in by_prompt.values()])
+    half = Z95 * means.std(ddof=1) / math.sqrt(len(means))
+    return float(means.mean()), float(means.mean() - half), float(means.mean() + half)
+
+
+def summarize(scores: Sequence[ImageScore]) -> list[dict[str, Any]]:
+    """One row a variant, in the order in which they first occur; the first is the baseline."""
+    labels = list(dict.fromkeys(s.variant for s in scores))
+    groups = {label: [s for s in scores if s.variant == label] for label in labels}
+    return [_row(label, groups[label], groups[labels[0]]) for label in labels]
+
+
+def _row(label: str, own: Sequence[ImageScore], baseline: Sequence[ImageScore]) -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": label, "images": len(own)}
+    row["success"] = _share(own, "success")
+    for count in sorted({s.num_objects for s in own}):
+        row[f"success_{count}"] = _share([s for s in own if s.num_objects == count], "success")
+    row["objects_right"] = _share(own, "objects_right")
+    row["stated_right"] = _share(own, "stated_right")
+    row["no_extra"] = _share(own, "extra", wanted=0)
+    difference = paired_difference(own, baseline) if own is not baseline else None
+    row["difference"] = [round(x, 4) for x in difference] if difference else None
+    row["seconds_per_image"] = round(float(np.median([s.seconds for s in own])), 4)
+    row["peak_mib"] = max(s.peak_mib for s in own)
+    return row
+
+
+def _share(scores: Sequence[ImageScore], what: str, wanted: Any = True) -> dict[str, float]:
+    hits = sum(getattr(s, what) == wanted for s in scores)
+    low, high = wilson(hits, len(scores))
+    share = hits / len(scores) if scores else float("nan")
+    return {"share": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown; shares in per cent with their 95 % interval."""
+    shares = [key for key in rows[0] if isinstance(rows[0][key], dict)]
+    head = ["variant", "images", *shares, "difference", "s/image", "peak MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        cells = [row["variant"], str(row["images"])]
+        for key in shares:
+            share, low, high = (100 * row[key][part] for part in ("share", "low", "high"))
+            cells.append(f"{share:.1f} ({low:.1f} to {high:.1f})")
+        gap = row["difference"]
+        cells.append(
+            "" if gap is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in gap))
+        )
+        cells += [f"{row['seconds_per_image']:.2f}", f"{row['peak_mib']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

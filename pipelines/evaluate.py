@@ -1,0 +1,210 @@
+"""Prompts x seeds x variants -> scored images. What `dittune eval` runs.
+
+Every variant makes the same prompts with the same seeds, so variants are compared image by image.
+Each batch is appended to `images.csv` as it is scored; the same command run again makes only what
+is missing there.
+"""
+
+from __future__ import annotations
+
+import csv
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+from dittune.errors import ConfigError
+from dittune.method import Method
+from dittune.pipelines.media import grid
+from dittune.pipelines.pipeline import Pipeline
+from dittune.samples.shapes import score, world
+from dittune.samples.shapes.prompts import PROMPT_SETS, prompt_set
+
+GRID_PROMPTS = 8  # columns of the picture grid
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a label and the methods it stands for (none: the plain model)."""
+
+    label: str
+    methods: tuple[Method, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """One scored image. `success` is everything the prompt asks for and nothing else."""
+
+    variant: str
+    prompt: str
+    seed: int
+    num_objects: int
+    success: bool
+    objects_right: bool
+    stated_right: bool
+    extra: int
+    seconds: float
+    peak_mib: float
+
+
+def load_prompts(name_or_file: str, limit: int | None = None) -> list[str]:
+    """A named prompt set, or a file with one prompt a line.
+
+    Args:
+        limit: take about this many, spread evenly over the set.
+
+    Raises:
+        ConfigError: neither a set nor a file, no prompt in it, or one the scorer cannot read.
+    """
+    if name_or_file in PROMPT_SETS:
+        prompts = prompt_set(name_or_file)
+    elif Path(name_or_file).is_file():
+        lines = Path(name_or_file).read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+    else:
+        raise ConfigError(f"no prompt set or file {name_or_file!r}; sets: {', '.join(PROMPT_SETS)}")
+    if not prompts:
+        raise ConfigError(f"{name_or_file} holds no prompt")
+    for prompt in prompts:
+        try:
+            world.parse(prompt)
+        except ValueError as error:
+            raise ConfigError(f"the Shapes scorer cannot judge a prompt: {error}") from error
+    if limit is not None and limit < len(prompts):
+        prompts = [prompts[int(i)] for i in np.linspace(0, len(prompts) - 1, limit)]
+    return prompts
+
+
+def evaluate(
+    pipeline: Pipeline,
+    variants: Sequence[Variant],
+    prompts: Sequence[str],
+    seeds: Iterable[int],
+    out: Path,
+    batch: int = 8,
+    **settings,
+) -> list[ImageScore]:
+    """Score every prompt x seed under every variant.
+
+    Args:
+        pipeline: its own `methods` are replaced by each variant's.
+        seeds: image `j` of a prompt is made with the `j`-th of these.
+        out: folder for `images.csv` and `grid.png`.
+        batch: images made in one call.
+        settings: passed to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
+
+    Returns:
+        All scores, those of an earlier run included.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    scores = _read(out / "images.csv")
+    done = {(s.variant, s.prompt, s.seed) for s in scores}
+    wanted = [(prompt, seed) for seed in seeds for prompt in prompts]
+    todo = {v.label: [w for w in wanted if (v.label, *w) not in done] for v in variants}
+    with tqdm(total=sum(map(len, todo.values())), desc="eval", unit="image") as bar:
+        for variant in variants:
+            pipeline.methods = list(variant.methods)
+            for jobs in _chunks(todo[variant.label], batch):
+                new = _score_batch(pipeline, variant, jobs, settings)
+                _append(out / "images.csv", new)
+                scores += new
+                bar.update(len(jobs))
+    _write_grid(pipeline, variants, wanted[0][1], prompts, out, settings)
+    return [s for s in scores if s.variant in todo and (s.prompt, s.seed) in set(wanted)]
+
+
+def _score_batch(pipeline, variant: Variant, jobs, settings) -> list[ImageScore]:
+    prompts, seeds = [list(column) for column in zip(*jobs, strict=True)]
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        images = pipeline(prompts, seed=seeds, progress=False, **settings).images
+    seconds = (time.perf_counter() - started) / len(jobs)
+    found = []
+    for prompt, seed, image in zip(prompts, seeds, images, strict=True):
+        request = world.parse(prompt)
+        result = score.score(np.asarray(image.convert("RGB")), request)
+        stated = [*result.sizes, result.relation, result.background]
+        found.append(
+            ImageScore(
+                variant=variant.label,
+                prompt=prompt,
+                seed=seed,
+                num_objects=len(request.objects),
+                success=result.success,
+                objects_right=all(result.objects),
+                stated_right=all(answer is not False for answer in stated),
+                extra=result.extra,
+                seconds=round(seconds, 4),
+                peak_mib=round(memory.mib, 1),
+            )
+        )
+    return found
+
+
+class PeakMemory:
+    """Highest memory in use inside the block: of the CUDA device if there is one, else resident."""
+
+    def __enter__(self) -> PeakMemory:
+        self.mib = 0.0
+        self._stop = threading.Event()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(0.02):
+            self.mib = max(self.mib, process.memory_info().rss / 2**20)
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if torch.cuda.is_available():
+            self.mib = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            self._thread.join()
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+def _read(path: Path) -> list[ImageScore]:
+    if not path.exists():
+        return []
+    kinds = {"bool": lambda text: text == "True", "int": int, "float": float, "str": str}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            ImageScore(**{f.name: kinds[f.type](row[f.name]) for f in fields(ImageScore)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _append(path: Path, scores: Sequence[ImageScore]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(ImageScore)])
+        if new:
+            writer.writeheader()
+        writer.writerows(vars(s) for s in scores)
+
+
+def _write_grid(pipeline, variants, seed: int, prompts, out: Path, settings) -> None:
+    """One row a variant, the same prompts and seed in every row."""
+    chosen = [prompts[int(i)] for i in np.linspace(0, len(prompts) - 1, GRID_PROMPTS)]
+    pictures = []
+    for variant in variants:
+        pipeline.methods = list(variant.methods)
+        seeds = [seed] * len(chosen)
+        pictures += pipeline(chosen, seed=seeds, progress=False, **settings).images
+    labels = [f"{v.label}: {p}" for v in variants for p in chosen]
+    grid(pictures, columns=len(chosen), labels=labels).save(out / "grid.png")
