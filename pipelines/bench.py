@@ -162,3 +162,15 @@ def bench_attach(rounds: int = 21) -> dict[str, Any]:
         pipe, sample = build(steps=steps)
         rows.append({"setting": label, **attach_overhead(pipe, sample, rounds, steps)})
     return {"method": __doc__, "hardware": hardware(), "rows": rows}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The document of `bench_attach` for people."""
+    lines = [result["method"].strip(), "", " ".join(result["hardware"].values()), ""]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['setting']}: plain {row['plain_ms']:.2f} ms a step, attached "
+            f"{row['attached_ms']:.2f} ms; ratio {row['ratio']:.4f} "
+            f"(p20 {row['ratio_p20']:.4f}, p80 {row['ratio_p80']:.4f}, {row['rounds']} rounds)"
+        )
+    return "\n".join(lines)

@@ -8,17 +8,20 @@ is missing there.
 from __future__ import annotations
 
 import csv
+import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from tqdm import tqdm
 
+from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
 from dittune.method import Method
 from dittune.pipelines.media import grid
@@ -63,7 +66,7 @@ def load_prompts(name_or_file: str, limit: int | None = None) -> list[str]:
         ConfigError: neither a set nor a file, no prompt in it, or one the scorer cannot read.
     """
     if name_or_file in PROMPT_SETS:
-        prompts = prompt_set(name_or_file)
+        prompts = list(prompt_set(name_or_file))
     elif Path(name_or_file).is_file():
         lines = Path(name_or_file).read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
@@ -116,7 +119,44 @@ def evaluate(
                 scores += new
                 bar.update(len(jobs))
     _write_grid(pipeline, variants, wanted[0][1], prompts, out, settings)
-    return [s for s in scores if s.variant in todo and (s.prompt, s.seed) in set(wanted)]
+    asked = set(wanted)
+    asked_scores = [s for s in scores if s.variant in todo and (s.prompt, s.seed) in asked]
+    return sorted(asked_scores, key=lambda s: list(todo).index(s.variant))
+
+
+def eval_command(
+    config: RunConfig,
+    labels: Sequence[str],
+    prompts: str,
+    seeds: int,
+    limit: int | None,
+    batch: int,
+    out: Path,
+) -> tuple[str, dict[str, Any]]:
+    """What `dittune eval` does.
+
+    Args:
+        labels: variants in order; `none` is the plain model, others are `NAME` or `LABEL=NAME`.
+
+    Returns:
+        The table as Markdown, and the document for `--json`; both are also written to `out`.
+    """
+    from dittune.pipelines.eval_table import as_markdown, summarize
+
+    texts = load_prompts(prompts, limit)
+    built = build_methods(config)
+    variants = [Variant(label.partition("=")[0], ()) for label in labels]
+    variants = [v if v.label == "none" else Variant(v.label, (built[v.label],)) for v in variants]
+    settings = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    pipeline = Pipeline.from_pretrained(config.model, device=config.device, dtype=config.dtype)
+    scores = evaluate(pipeline, variants, texts, range(seeds), out, batch, **settings)
+    rows = summarize(scores)
+    table = as_markdown(rows)
+    document = {"prompts": prompts, "seeds": seeds, "config": vars(config), "rows": rows}
+    (out / "table.md").write_text(table, encoding="utf-8")
+    (out / "table.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    return table, document
 
 
 def _score_batch(pipeline, variant: Variant, jobs, settings) -> list[ImageScore]:

@@ -1,0 +1,246 @@
+"""The command line: thin, every heavy import inside a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+app = typer.Typer(
+    help="Attention control for diffusion transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[str | None, typer.Option(help="bundled name, local folder or hub id")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="NAME or LABEL=NAME")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="METHOD.FIELD=VALUE")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Steps = Annotated[int | None, typer.Option(help="denoising steps")]
+Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; 1 is off")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16")]
+
+
+def say(text: str) -> None:
+    """To standard error: standard output carries results only."""
+    print(text, file=sys.stderr)
+
+
+def emit(document: Any) -> None:
+    """The one JSON document of a command."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="one prompt a line")] = None,
+    model: Model = None,
+    method: Methods = None,
+    set_: Sets = None,
+    config: ConfigFile = None,
+    from_: Annotated[Path | None, typer.Option("--from", help="repeat this PNG")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what not to draw")] = None,
+    seed: Annotated[int | None, typer.Option(help="drawn at random if absent")] = None,
+    num_images: Annotated[int | None, typer.Option(help="images a prompt")] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    size: Annotated[str | None, typer.Option(help="SIDE or WIDTHxHEIGHT in pixels")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
+    dry_run: Annotated[bool, typer.Option(help="print the resolved configuration only")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make images; run again, it continues where it stopped."""
+    from dittune.config import write_yaml
+    from dittune.pipelines import generate as generation
+
+    flags = {"model": model, "negative_prompt": negative_prompt, "seed": seed, "size": size}
+    flags |= {"num_images": num_images, "steps": steps, "guidance_scale": guidance_scale}
+    flags |= {"device": device, "dtype": dtype, "prompts": _prompts(prompt, prompts_file)}
+    resolved = _resolve(config, from_, flags, method, set_)
+    if dry_run:
+        generation.check(resolved)
+        emit(vars(resolved)) if as_json else print(write_yaml(resolved), end="")
+        return
+    drawn = resolved.seed is None
+    todo = generation.prepare(resolved, out)
+    if drawn:
+        say(f"seed {resolved.seed}")
+    total = len(resolved.prompts) * resolved.num_images
+    if len(todo) < total:
+        say(f"{total - len(todo)} of {total} images are there already")
+    made = []
+    for job, record in generation.run(resolved, todo, generation.load(resolved)) if todo else ():
+        made.append({"path": str(job.path), **record})
+        if not as_json:
+            print(job.path)
+    if as_json:
+        emit({"images": made, "skipped": total - len(todo)})
+
+
+def _prompts(prompt: str | None, prompts_file: Path | None) -> list[str] | None:
+    from dittune.errors import ConfigError
+
+    if prompts_file is None:
+        return None if prompt is None else [prompt]
+    if prompt is not None:
+        raise ConfigError("give either a prompt or --prompts-file, not both")
+    try:
+        lines = prompts_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read prompts from {prompts_file}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _resolve(config: Path | None, source: Path | None, flags: dict, method, set_):
+    from dittune.config import read_yaml, resolve
+
+    content: dict[str, Any] = {}
+    if source is not None:
+        from dittune.pipelines import generate as generation
+        from dittune.pipelines.media import read_record
+
+        record = read_record(source)
+        content = generation.config_of(record)
+        _warn_of_versions(record.get("versions", {}))
+    if config is not None:
+        content |= read_yaml(config)
+    content |= {key: value for key, value in flags.items() if value is not None}
+    return resolve(content, method or (), set_ or ())
+
+
+def _warn_of_versions(recorded: dict[str, str]) -> None:
+    import importlib.metadata
+
+    import dittune
+
+    for name, version in recorded.items():
+        now = dittune.__version__ if name == "dittune" else importlib.metadata.version(name)
+        if now != version:
+            say(f"warning: made with {name} {version}, this is {now}; bits may differ")
+
+
+@app.command("eval")
+def evaluate(
+    prompts: Annotated[str, typer.Option(help="train, val, test, or a file")] = "val",
+    seeds: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
+    limit: Annotated[int | None, typer.Option(min=2, help="use this many prompts")] = None,
+    model: Model = "shapes-sd3",
+    method: Methods = None,
+    set_: Sets = None,
+    config: ConfigFile = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    batch: Annotated[int, typer.Option(min=1, help="images a call")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="folder for tables and pictures")] = Path(
+        "outputs/eval"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Score methods against the plain model (`--method none`) on the same prompts and seeds."""
+    from dittune.pipelines.evaluate import eval_command
+
+    flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
+    flags |= {"device": device, "dtype": dtype}
+    labels = list(dict.fromkeys(method or ["none"]))
+    resolved = _resolve(config, None, flags, [m for m in labels if m != "none"], set_)
+    table, document = eval_command(resolved, labels, prompts, seeds, limit, batch, out)
+    emit(document) if as_json else print(table)
+
+
+@bench_app.command("attach")
+def bench_attach(
+    rounds: Annotated[int, typer.Option(min=3, help="timed pairs a setting")] = 21,
+    as_json: Json = False,
+) -> None:
+    """What an attached method that does nothing costs, per denoising step."""
+    from dittune.pipelines import bench
+
+    result = bench.bench_attach(rounds)
+    emit(result) if as_json else print(bench.as_text(result))
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods and their settings."""
+    from dittune.pipelines.listing import list_methods
+
+    list_methods(emit if as_json else None)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="a model to look into")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="its attention sites")] = False,
+    as_json: Json = False,
+) -> None:
+    """List bundled checkpoints and model families, or the attention sites of one model."""
+    from dittune.pipelines.listing import list_models, list_sites
+
+    if name is None and not layers:
+        list_models(emit if as_json else None)
+    else:
+        list_sites(name or "shapes-sd3", emit if as_json else None)
+
+
+@config_app.command("show")
+def config_show(
+    config: Annotated[Path | None, typer.Argument(help="YAML file")] = None,
+    model: Model = None,
+    method: Methods = None,
+    set_: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Print the configuration as it would be run."""
+    from dittune.config import write_yaml
+
+    resolved = _resolve(config, None, {"model": model}, method, set_)
+    emit(vars(resolved)) if as_json else print(write_yaml(resolved), end="")
+
+
+@config_app.command("validate")
+def config_validate(
+    config: Annotated[Path, typer.Argument(help="YAML file")], as_json: Json = False
+) -> None:
+    """Check a configuration without running it."""
+    _resolve(config, None, {}, None, None)
+    emit({"valid": True, "path": str(config)}) if as_json else print(f"{config}: valid")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line and exit code 2 for whatever the user can mend."""
+    from dittune.errors import DittuneError
+
+    try:
+        code = app(arguments, standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to continue")
+        code = 130
+    except click.ClickException as error:
+        say(f"error: {' '.join(error.format_message().split())}")
+        code = 2
+    except (DittuneError, OSError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,142 @@
+"""Run a configuration: one PNG an image, written as it is ready, resumable, repeatable."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dittune.config import RunConfig, build_methods
+from dittune.errors import ConfigError
+from dittune.pipelines.media import read_record, save_png
+from dittune.pipelines.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be made."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+def check(config: RunConfig) -> None:
+    """What can be refused before a model is loaded.
+
+    Raises:
+        ConfigError: no prompt, an empty one, or a number or size out of range.
+    """
+    if not config.prompts:
+        raise ConfigError("no prompt; give one, or a file with one a line")
+    if any(not prompt.strip() for prompt in config.prompts):
+        raise ConfigError("a prompt is empty")
+    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    image_size(config)
+
+
+def image_size(config: RunConfig) -> tuple[int, int] | None:
+    """(width, height) of the configuration, None for the model's own size."""
+    if not config.size:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", config.size)
+    if not match:
+        raise ConfigError(f"size is written SIDE or WIDTHxHEIGHT in pixels, got {config.size!r}")
+    width = int(match[1])
+    return width, int(match[2] or width)
+
+
+def jobs(config: RunConfig, out: Path) -> list[Job]:
+    """The images of a configuration; image `j` of every prompt has seed `seed + j`."""
+    return [
+        Job(prompt, seed, out / f"{i:04d}-{_slug(prompt)}-{seed}.png")
+        for i, prompt in enumerate(config.prompts)
+        for seed in range(config.seed, config.seed + config.num_images)
+    ]
+
+
+def prepare(config: RunConfig, out: Path) -> list[Job]:
+    """Check everything, draw a seed if there is none, and list what is still to be made.
+
+    Raises:
+        ConfigError: what `check` raises; `out` cannot be written to; a picture of other settings is
+            in the way.
+    """
+    check(config)
+    if config.seed is None:
+        config.seed = secrets.randbelow(2**31)
+    todo = []
+    for job in jobs(config, out):
+        if not job.path.exists():
+            todo.append(job)
+        elif read_record(job.path)["config"] != _settings(config, job):
+            raise ConfigError(f"{job.path} was made with other settings; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".dittune-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}") from error
+    return todo
+
+
+def run(config: RunConfig, todo: list[Job], pipeline: Pipeline) -> Iterator[tuple[Job, dict]]:
+    """Make the images one by one; yields each with its record once it is on disk."""
+    size = image_size(config)
+    arguments: dict[str, Any] = {"negative_prompt": config.negative_prompt or None}
+    arguments["num_inference_steps"] = config.steps
+    arguments["guidance_scale"] = config.guidance_scale
+    arguments["width"], arguments["height"] = size or (None, None)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for job in todo:
+        result = pipeline(job.prompt, seed=job.seed, **arguments)
+        image = result.images[0]
+        record = {
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "size": "{}x{}".format(*image.size),
+            "config": _settings(config, job),
+            **{key: result.record[key] for key in ("device", "dtype", "versions")},
+            "report": result.record["report"],
+        }
+        save_png(image, job.path, record)  # without the seconds, so a repeat is the same file
+        yield job, {**record, "seconds": result.record["seconds"]}
+
+
+def load(config: RunConfig) -> Pipeline:
+    """The pipeline of a configuration, its methods included."""
+    methods = list(build_methods(config).values())
+    return Pipeline.from_pretrained(config.model, methods, device=config.device, dtype=config.dtype)
+
+
+def config_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that makes a recorded image again.
+
+    Raises:
+        ConfigError: the record holds none.
+    """
+    if not isinstance(record.get("config"), dict):
+        raise ConfigError("the picture's record holds no configuration")
+    return dict(record["config"])
+
+
+def _settings(config: RunConfig, job: Job) -> dict[str, Any]:
+    """The configuration of one image alone, without local paths."""
+    alone = dataclasses.replace(config, prompts=[job.prompt], seed=job.seed, num_images=1)
+    settings = dataclasses.asdict(alone)
+    if Path(config.model).is_dir():
+        settings["model"] = Path(config.model).name
+    return settings
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"

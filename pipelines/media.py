@@ -1,0 +1,96 @@
+"""Pictures on disk: atomic PNGs that carry their record, and labelled grids."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from dittune.errors import ConfigError
+
+RECORD_KEY = "dittune"  # iTXt chunk with the record as JSON; `parameters` is for other viewers
+
+
+def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
+    """Write a PNG with its record in text chunks; the file is there whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", _parameters_line(record))
+    info.add_itxt(RECORD_KEY, json.dumps(record, ensure_ascii=False))
+    temporary = path.with_name(path.name + ".part")
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record in a PNG written by `save_png`.
+
+    Raises:
+        ConfigError: no such picture, or one without a record.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get(RECORD_KEY)
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ConfigError(f"cannot read picture {path}: {error}") from error
+    if text is None:
+        raise ConfigError(f"{path} carries no dittune record; only PNGs written by dittune do")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"the record in {path} is damaged: {error}") from error
+
+
+def _parameters_line(record: dict[str, Any]) -> str:
+    config = record.get("config", {})
+    pairs = {
+        "Steps": config.get("steps"),
+        "CFG scale": config.get("guidance_scale"),
+        "Seed": record.get("seed"),
+        "Size": record.get("size"),
+        "Model": config.get("model"),
+        "Methods": ", ".join(config.get("methods", {})) or None,
+    }
+    line = ", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None)
+    return f"{record.get('prompt', '')}\n{line}"
+
+
+def grid(
+    images: Sequence[Image.Image],
+    columns: int,
+    labels: Sequence[str] | None = None,
+    scale: int = 2,
+) -> Image.Image:
+    """Pictures of one size side by side, enlarged `scale` times, each with a label above it."""
+    width, height = (side * scale for side in images[0].size)
+    font = ImageFont.load_default(size=11)
+    band = 30 if labels else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + band + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = (i % columns) * (width + 4), (i // columns) * (height + band + 4)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y + band))
+        if labels:
+            pen.text((x, y), _wrap(labels[i], font, width, lines=2), font=font, fill="black")
+    return sheet
+
+
+def _wrap(text: str, font, width: int, lines: int) -> str:
+    wrapped = [""]
+    for word in text.split():
+        longer = f"{wrapped[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not wrapped[-1]:
+            wrapped[-1] = longer
+        else:
+            wrapped.append(word)
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1].rstrip() + " ..."]
+    return "\n".join(wrapped)

@@ -1,0 +1,273 @@
+"""`dittune.Pipeline`: a diffusers pipeline with methods that act during its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dittune
+from dittune.attach import attach
+from dittune.errors import CheckpointError, ConfigError, DittuneError
+from dittune.method import Method
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Result:
+    """What one call made.
+
+    Attributes:
+        output: the diffusers pipeline's own output.
+        record: plain values: resolved settings, versions, seconds, what each method reports.
+    """
+
+    output: Any
+    record: dict[str, Any]
+
+    @property
+    def images(self) -> list:
+        return self.output.images
+
+
+class Pipeline:
+    """A diffusers pipeline, loaded, checked, and attached to for the length of each call.
+
+    Attributes:
+        pipe: the diffusers pipeline; between calls it is untouched.
+        methods: acting in later calls, first one outermost; may be replaced.
+        name: what it was loaded from, without the path.
+    """
+
+    def __init__(self, pipe: Any, methods: Sequence[Method] = (), name: str = ""):
+        self.pipe, self.methods, self.name = pipe, list(methods), name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        methods: Sequence[Method] = (),
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> Pipeline:
+        """Load a bundled checkpoint by name, a local folder, or a hub id.
+
+        Args:
+            device: `auto` is cuda, else mps, else cpu.
+            dtype: `auto` is bfloat16 or float16 on a GPU, float32 on the CPU.
+
+        Raises:
+            CheckpointError: not found, unreadable, or stored as pickles (only safetensors are read).
+            ConfigError: an unknown device or dtype.
+        """
+        from diffusers import DiffusionPipeline
+
+        device = pick_device(device)
+        torch_dtype = pick_dtype(dtype, device)
+        source = _locate(name_or_path)
+        try:
+            with _quiet(Path(source).is_dir()):
+                pipe = DiffusionPipeline.from_pretrained(
+                    source, torch_dtype=torch_dtype, use_safetensors=True
+                )
+        except Exception as error:  # diffusers, transformers and the hub raise what they like
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"cannot load {name_or_path}: {reason}") from error
+        return cls(pipe.to(device), methods, name=Path(name_or_path).name)
+
+    def __call__(
+        self,
+        *args: Any,
+        seed: int | Sequence[int] | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> Result:
+        """Run the diffusers pipeline, with its own arguments, under the methods.
+
+        Args:
+            seed: instead of `generator`. Image `i` of the call gets `seed + i` (or `seed[i]`), so
+                each can be made again alone, on any device.
+            progress: show a progress bar on standard error.
+
+        Raises:
+            ConfigError: an argument the pipeline does not have, or a size it cannot make.
+            DittuneError: out of memory; says what to lower.
+        """
+        signature = inspect.signature(self.pipe.__call__)
+        arguments = self._bind(signature, args, kwargs)
+        seeds = self._add_generators(arguments, seed)
+        self._check_size(arguments)
+        self.pipe.set_progress_bar_config(disable=not progress)
+        started = time.perf_counter()
+        try:
+            with attach(self.pipe, *self.methods) as handle:
+                output = self.pipe(**arguments)
+                report = handle.report()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise DittuneError(
+                "out of memory; lower the number of images or prompts per call or the size, or set "
+                "batched=False on methods that add a pass"
+            ) from error
+        seconds = time.perf_counter() - started
+        return Result(output, self._record(signature, arguments, seeds, seconds, report))
+
+    def _bind(self, signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+        for name in kwargs:
+            if name not in signature.parameters:
+                near = difflib.get_close_matches(name, signature.parameters, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{type(self.pipe).__name__} takes no {name!r}{hint}")
+        return dict(signature.bind(*args, **kwargs).arguments)
+
+    def _add_generators(self, arguments: dict[str, Any], seed: Any) -> list[int] | None:
+        if seed is None:
+            return None
+        if arguments.get("generator") is not None:
+            raise ConfigError("give either seed or generator, not both")
+        prompts = arguments.get("prompt")
+        count = (len(prompts) if isinstance(prompts, (list, tuple)) else 1) * arguments.get(
+            "num_images_per_prompt", 1
+        )
+        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise ConfigError(f"expected {count} seeds, one an image, got {len(seeds)}")
+        arguments["generator"] = [torch.Generator().manual_seed(s) for s in seeds]
+        return seeds
+
+    def _check_size(self, arguments: dict[str, Any]) -> None:
+        """Sides must be whole patches, and no more of them than the position embedding has."""
+        config = self.pipe.transformer.config
+        unit = self.pipe.vae_scale_factor * config.patch_size
+        most = unit * (getattr(config, "pos_embed_max_size", None) or 2**20)
+        for name in ("width", "height"):
+            side = arguments.get(name)
+            if side is not None and (side % unit or not 0 < side <= most):
+                raise ConfigError(
+                    f"{name} must be a multiple of {unit} from {unit} to {most}, got {side}"
+                )
+
+    def _record(self, signature, arguments, seeds, seconds, report) -> dict[str, Any]:
+        import diffusers
+        import transformers
+
+        plain = (str, int, float, bool, list, tuple, type(None))
+        settings = {
+            name: arguments.get(name, parameter.default)
+            for name, parameter in signature.parameters.items()
+            if name != "generator"
+            and isinstance(arguments.get(name, parameter.default), plain)
+            and "embeds" not in name
+        }
+        return {
+            "model": self.name,
+            "pipeline": type(self.pipe).__name__,
+            "methods": [{"method": m.name, **dataclasses.asdict(m)} for m in self.methods],
+            "seeds": seeds,
+            "settings": settings,
+            "device": str(self.pipe.device),
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+            "seconds": round(seconds, 3),
+            "report": report,
+            "versions": {
+                "dittune": dittune.__version__,
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+
+def pick_device(name: str) -> str:
+    """A torch device name; `auto` is cuda, else mps, else cpu."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot use device {name!r}: {reason}") from error
+    return name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """A torch dtype by name; `auto` is bfloat16 or float16 on a GPU and float32 on the CPU."""
+    if name == "auto":
+        if device.startswith("cuda"):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.float16 if device == "mps" else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _locate(name_or_path: str) -> str:
+    """A folder or hub id; checked as far as that is possible without loading."""
+    folder = Path(name_or_path).expanduser()
+    if name_or_path in dittune.available_checkpoints():
+        folder = Path(dittune.checkpoint(name_or_path))
+    elif not folder.is_dir():
+        if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")):
+            return name_or_path  # a hub id
+        return dittune.checkpoint(name_or_path)  # raises, naming what there is
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{name_or_path} is no diffusers pipeline: no model_index.json")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in PICKLES and not list(path.parent.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{path.parent.name}/{path.name} is a pickle, which can run code when it is loaded; "
+                "only safetensors are loaded: save the model again with safe_serialization=True"
+            )
+        if path.suffix == ".safetensors":
+            _check_safetensors(path)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """No progress bars while reading from disk; a download keeps them."""
+    import diffusers
+    import transformers
+
+    loggers = [diffusers.utils.logging, transformers.utils.logging] if local else []
+    for logger in loggers:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.enable_progress_bar()
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.parent.name}/{path.name} is truncated or damaged: {error}"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return "can't allocate memory" in text or "not enough memory" in text
