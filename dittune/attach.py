@@ -156,11 +156,9 @@ class Attachment:
         if self.run is not None:
             return seam.call(self.run, self.pipe, stock_call, args, kwargs)
         run = self.last_run = Run(num_steps=1)
-        try:
-            seam.check_installed()
-            return seam.call(run, None, stock_call, args, kwargs)
-        finally:
-            seam.forget_run()
+        seam.forget_run()  # not after the call: gradient checkpointing runs the sites again later
+        seam.check_installed()
+        return seam.call(run, None, stock_call, args, kwargs)
 
 
 def _denoisers(target: Any) -> list[nn.Module]:

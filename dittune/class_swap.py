@@ -15,9 +15,8 @@ def calling_subclass(owner: object, stock: type, call: Callable) -> type:
 
     def reduce(self, protocol):
         """A copy or pickle is not attached: it is of the stock class."""
-        function, arguments, *rest = stock.__reduce_ex__(self, protocol)
-        arguments = tuple(stock if argument is generated else argument for argument in arguments)
-        return (function, arguments, *rest)
+        _, _, *state = stock.__reduce_ex__(self, protocol)
+        return (stock.__new__, (stock,), *state)
 
     functools.update_wrapper(call, stock.__call__)
     namespace = {

@@ -29,7 +29,7 @@ class RunConfig:
     """Everything that decides a picture, but the versions of the software.
 
     `methods` maps a label to settings; the label is the method's name unless the settings hold
-    `method: NAME`, so that one method can be used twice. None stands for the pipeline's own default.
+    `method: NAME`, so that one method can be used twice. None means the pipeline's own default.
     """
 
     model: str = "shapes-sd3"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,7 @@ import dittune
 from dittune.attach import attach
 from dittune.errors import CheckpointError, ConfigError, DittuneError
 from dittune.method import Method
-
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from dittune.pipelines.loading import locate, pick_device, pick_dtype, quiet
 
 
 @dataclass
@@ -69,16 +65,16 @@ class Pipeline:
             dtype: `auto` is bfloat16 or float16 on a GPU, float32 on the CPU.
 
         Raises:
-            CheckpointError: not found, unreadable, or stored as pickles (only safetensors are read).
+            CheckpointError: not found, unreadable, or stored as pickles (only safetensors are).
             ConfigError: an unknown device or dtype.
         """
         from diffusers import DiffusionPipeline
 
         device = pick_device(device)
         torch_dtype = pick_dtype(dtype, device)
-        source = _locate(name_or_path)
+        source = locate(name_or_path)
         try:
-            with _quiet(Path(source).is_dir()):
+            with quiet(Path(source).is_dir()):
                 pipe = DiffusionPipeline.from_pretrained(
                     source, torch_dtype=torch_dtype, use_safetensors=True
                 )
@@ -189,81 +185,6 @@ class Pipeline:
                 "transformers": transformers.__version__,
             },
         }
-
-
-def pick_device(name: str) -> str:
-    """A torch device name; `auto` is cuda, else mps, else cpu."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot use device {name!r}: {reason}") from error
-    return name
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """A torch dtype by name; `auto` is bfloat16 or float16 on a GPU and float32 on the CPU."""
-    if name == "auto":
-        if device.startswith("cuda"):
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.float16 if device == "mps" else torch.float32
-    if name not in DTYPES:
-        raise ConfigError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _locate(name_or_path: str) -> str:
-    """A folder or hub id; checked as far as that is possible without loading."""
-    folder = Path(name_or_path).expanduser()
-    if name_or_path in dittune.available_checkpoints():
-        folder = Path(dittune.checkpoint(name_or_path))
-    elif not folder.is_dir():
-        if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")):
-            return name_or_path  # a hub id
-        return dittune.checkpoint(name_or_path)  # raises, naming what there is
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{name_or_path} is no diffusers pipeline: no model_index.json")
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in PICKLES and not list(path.parent.glob("*.safetensors")):
-            raise CheckpointError(
-                f"{path.parent.name}/{path.name} is a pickle, which can run code when it is loaded; "
-                "only safetensors are loaded: save the model again with safe_serialization=True"
-            )
-        if path.suffix == ".safetensors":
-            _check_safetensors(path)
-    return str(folder)
-
-
-@contextlib.contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """No progress bars while reading from disk; a download keeps them."""
-    import diffusers
-    import transformers
-
-    loggers = [diffusers.utils.logging, transformers.utils.logging] if local else []
-    for logger in loggers:
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.enable_progress_bar()
-
-
-def _check_safetensors(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.parent.name}/{path.name} is truncated or damaged: {error}"
-        ) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ def read_right(scene, picture):
 
 
 def false_captions(scene, rng):
-    """Captions that differ from a true one in a colour, a shape, a size, a relation, a background."""
+    """Captions that differ from a true one in one thing, of every kind."""
     first, *rest = scene.objects
     used = {thing.color for thing in scene.objects}
     color = next(c for c in world.COLORS if c not in used)

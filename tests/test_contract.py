@@ -1,0 +1,186 @@
+"""What every method promises on every model: neutral is bitwise plain, detach is exact."""
+
+import threading
+
+import pytest
+import torch
+
+import dittune
+from dittune import errors
+from tests.tiny import FAMILIES, latents, sd3
+
+# Settings under which a method must change nothing, and some under which it must not be idle.
+NEUTRAL = {
+    "softpag": [
+        {},
+        {"heads": "0:1", "u": 0.0},
+        {"heads": "0:1", "scale": 0.0},
+        {"heads": "0:1", "start": 0.5, "stop": 0.5},
+    ]
+}
+ACTIVE = {
+    "softpag": [
+        {"heads": "0:1,1:*"},
+        {"heads": "1:0", "u": 0.4},
+        {"heads": "1:0", "u": 0.4, "rows": "image"},
+        {"heads": "1:0", "rows": "image", "cols": "image"},
+        {"heads": "1:0", "batched": False},
+        {"heads": "1:0", "start": 0.5},
+    ]
+}
+
+
+def cases(table):
+    return [
+        pytest.param(name, settings, family, id=f"{name}-{settings}-{family}")
+        for name in dittune.available_methods()
+        for settings in table[name]
+        for family in FAMILIES
+    ]
+
+
+def snapshot(pipe):
+    """Everything an uninstall must restore, by identity."""
+    modules = dict(pipe.transformer.named_modules())
+    return (
+        type(pipe),
+        type(pipe.transformer),
+        set(pipe.__dict__),
+        {name: set(module.__dict__) for name, module in modules.items()},
+        {n: id(m.processor) for n, m in modules.items() if hasattr(m, "processor")},
+    )
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize(("name", "settings", "family"), cases(NEUTRAL))
+def test_neutral_is_bitwise_plain(name, settings, family, guidance_scale):
+    pipe = FAMILIES[family]()
+    plain = latents(pipe, guidance_scale=guidance_scale)
+    with dittune.attach(pipe, dittune.load_method(name)(**settings)):
+        assert torch.equal(latents(pipe, guidance_scale=guidance_scale), plain)
+
+
+@pytest.mark.parametrize(("name", "settings", "family"), cases(ACTIVE))
+def test_active_changes_the_output_and_detach_restores_everything(name, settings, family):
+    pipe = FAMILIES[family]()
+    plain = latents(pipe)
+    before = snapshot(pipe)
+    with dittune.attach(pipe, dittune.load_method(name)(**settings)):
+        assert snapshot(pipe) != before
+        changed = latents(pipe)
+        assert torch.equal(latents(pipe), changed)  # equal seeds, equal images
+        other_size = latents(pipe, height=16, width=64)
+    assert (changed - plain).abs().max() > 1e-4
+    assert other_size.shape[-2:] == (4, 16) and other_size.isfinite().all()
+    assert snapshot(pipe) == before
+    assert torch.equal(latents(pipe), plain)
+
+
+def active():
+    return dittune.SoftPAG(heads="0:1,2:0")
+
+
+def test_restored_after_an_error_in_the_body():
+    pipe = sd3()
+    before = snapshot(pipe)
+    with pytest.raises(RuntimeError, match="of the user"), dittune.attach(pipe, active()):
+        raise RuntimeError("of the user")
+    assert snapshot(pipe) == before
+
+
+def test_untouched_if_the_second_method_cannot_be_installed():
+    pipe = sd3()
+    before = snapshot(pipe)
+    with pytest.raises(errors.SelectionError, match="layer 9"):
+        dittune.attach(pipe, active(), dittune.SoftPAG(heads="9:0"))
+    assert snapshot(pipe) == before
+
+
+def test_restored_if_a_swap_fails_half_way(monkeypatch):
+    pipe = sd3()
+    before = snapshot(pipe)
+    from dittune import denoiser
+
+    write, written = denoiser._set_processor, []
+
+    def fail_at_second(module, processor):
+        written.append(module)
+        if len(written) == 2:
+            raise RuntimeError("no room")
+        write(module, processor)
+
+    monkeypatch.setattr(denoiser, "_set_processor", fail_at_second)
+    with pytest.raises(RuntimeError, match="no room"):
+        dittune.attach(pipe, active())
+    assert len(written) >= 2
+    assert snapshot(pipe) == before
+
+
+def test_an_error_while_removing_leaves_no_other_piece_behind(monkeypatch):
+    pipe = sd3()
+    before = snapshot(pipe)
+    from dittune import denoiser
+
+    write, writes = denoiser._set_processor, []
+
+    def fail_once(module, processor):
+        writes.append(module)
+        write(module, processor)
+        if len(writes) == 4:  # 2 installs, then the second removal
+            raise RuntimeError("while removing")
+
+    monkeypatch.setattr(denoiser, "_set_processor", fail_once)
+    handle = dittune.attach(pipe, active())
+    with pytest.raises(RuntimeError, match="while removing"):
+        handle.detach()
+    assert snapshot(pipe) == before
+    handle.detach()  # idempotent
+
+
+def test_a_second_attach_is_refused_and_harmless():
+    pipe = sd3()
+    handle = dittune.attach(pipe, active())
+    attached = snapshot(pipe)
+    with pytest.raises(errors.AlreadyAttachedError, match="detach its handle first"):
+        dittune.attach(pipe, active())
+    with pytest.raises(errors.AlreadyAttachedError, match="SD3Transformer2DModel"):
+        dittune.attach(pipe.transformer, active())
+    assert snapshot(pipe) == attached
+    handle.detach()
+    dittune.attach(pipe, active()).detach()
+
+
+def test_two_pipelines_of_one_class_do_not_see_each_other():
+    first, second = sd3(), sd3()
+    plain = latents(second)
+    with dittune.attach(first, active()):
+        changed = latents(first)
+        assert torch.equal(latents(second), plain)
+        with dittune.attach(second, dittune.SoftPAG(heads="1:1", u=0.3)):
+            latents(second)
+            assert torch.equal(latents(first), changed)
+
+
+def test_two_threads_with_a_pipeline_each():
+    methods = [active(), dittune.SoftPAG(heads="1:*", u=0.5, scale=1.5)]
+    pipes = [sd3(), sd3()]
+    alone = []
+    for pipe, method in zip(pipes, methods, strict=True):
+        with dittune.attach(pipe, method):
+            alone.append(latents(pipe, steps=4))
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def work(i):
+        with dittune.attach(pipes[i], methods[i]):
+            for _ in range(3):
+                results[i].append(latents(pipes[i], steps=4))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in (0, 1):
+        assert len(results[i]) == 3
+        for result in results[i]:
+            torch.testing.assert_close(result, alone[i], atol=1e-5, rtol=1e-5)
