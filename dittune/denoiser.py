@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -31,12 +32,12 @@ class AttachedModel:
         self.inner = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
         self.facts: ModuleType = facts_for(self.inner)
         available = self.facts.sites(self.inner)
-        self.wanted = {method: list(method.sites(available)) for method in methods}
+        self.wanted = [list(method.sites(available)) for method in methods]  # one list a method
         self._check_replacers()
         self.signature = inspect.signature(type(self.inner).forward)
         self.installed: list[tuple[nn.Module, object, object]] = []
         for site in available:
-            if any(site in sites for sites in self.wanted.values()):
+            if any(site in sites for sites in self.wanted):
                 module = self.inner.get_submodule(site.name)
                 stock = module.processor
                 calls = self.facts.CORE_CALLS.get(type(stock).__name__)
@@ -45,15 +46,18 @@ class AttachedModel:
         self.checked: set[Method] = set()
 
     def _check_replacers(self) -> None:
-        replacers = [method for method in self.wanted if method.replaces_attention]
-        for i, first in enumerate(replacers):
-            for second in replacers[i + 1 :]:
-                both = [site for site in self.wanted[first] if site in self.wanted[second]]
-                if both:
-                    raise SelectionError(
-                        f"{first.name} and {second.name} both replace the attention of {both[0]}; "
-                        "give them different sites, or use one"
-                    )
+        replacers = [
+            (method, sites)
+            for method, sites in zip(self.methods, self.wanted, strict=True)
+            if method.replaces_attention
+        ]
+        for (first, sites), (second, others) in itertools.combinations(replacers, 2):
+            both = [site for site in sites if site in others]
+            if both:
+                raise SelectionError(
+                    f"{first.name} and {second.name} both replace the attention of {both[0]}; "
+                    "give them different sites, or use one"
+                )
 
     def swaps(self) -> list[tuple]:
         """(write, place, old, new) for everything to be changed."""
@@ -93,7 +97,7 @@ class AttachedModel:
             kwargs.update(kwargs.pop("kwargs", {}))
         if not run.num_steps:
             run.num_steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
-        self._activate(run)
+        self._activate(run, kwargs[self.facts.BATCHED[0]].device)
         raw: list[Any] = []
 
         def model(inputs: ModelInputs) -> torch.Tensor:
@@ -115,17 +119,16 @@ class AttachedModel:
             return (sample, *raw[0][1:])
         return type(raw[0])(**{**raw[0], "sample": sample})
 
-    def _activate(self, run: Run) -> None:
+    def _activate(self, run: Run, device: torch.device) -> None:
         """Build the chains of the methods that act at this step, if they changed."""
         active = tuple(m for m in self.methods if m.acts_at(run.step, run.num_steps))
         if active == self.active:
             return
-        device = next(self.inner.parameters()).device
         for _, _, ours in self.installed:
             installed: InstalledSite = ours.installed
             chain: Callable = stock_attention
-            for method in reversed(active):
-                if installed.site in self.wanted[method]:
+            for method, sites in reversed(list(zip(self.methods, self.wanted, strict=True))):
+                if method in active and installed.site in sites:
                     chain = Link(method, method.site_state(installed.site, device), chain)
             installed.run = run
             installed.chain = None if chain is stock_attention else chain

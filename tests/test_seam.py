@@ -233,7 +233,7 @@ def compile_blocks(pipe, backend):
 @pytest.mark.parametrize("u", [0.5, 1.0])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_equal_eager(backend, u, compile_first):
-    """`block.compile(fullgraph=True)`, before or after attaching; no graph per layer or per step."""
+    """`block.compile(fullgraph=True)`, before or after attaching; no graph per layer or step."""
     torch._dynamo.reset()
     method = dittune.SoftPAG(heads="0:1,1:0,2:1", u=u)
     pipe = sd3()

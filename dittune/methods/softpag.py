@@ -179,5 +179,6 @@ def _self_and_text(call: AttnCall) -> torch.Tensor:
     logits = torch.cat(
         [(query * key).sum(-1, keepdim=True), query @ text_key.transpose(-1, -2)], dim=-1
     )
-    weights = torch.softmax(logits.float() * scale, dim=-1).to(value.dtype)
+    at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
+    weights = torch.softmax(logits * scale, dim=-1, dtype=at_least_fp32).to(value.dtype)
     return weights[..., :1] * value + weights[..., 1:] @ text_value
