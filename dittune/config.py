@@ -173,7 +173,7 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
         ):
             value = None
         try:
-            checked[key] = _escaped(value)
+            OmegaConf.update(checked, key, _escaped(value), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {key} is of type {types[key]}, got {value!r}") from error
     return OmegaConf.to_container(checked, resolve=True)

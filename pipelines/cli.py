@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+UsageError = typer.BadParameter.__base__  # typer exports the leaf classes only
 
 app = typer.Typer(
     help="Attention control for diffusion transformers.",
@@ -232,15 +233,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         code = app(arguments, standalone_mode=False)
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except KeyboardInterrupt:
-        say("interrupted; run the same command again to continue")
-        code = 130
-    except click.ClickException as error:
+    except UsageError as error:
         say(f"error: {' '.join(error.format_message().split())}")
         code = 2
     except (DittuneError, OSError) as error:
         say(f"error: {' '.join(str(error).split())}")
         code = 2
+    if code == 130:  # Typer itself makes this of a KeyboardInterrupt
+        say("interrupted; run the same command again to continue")
     sys.exit(code if isinstance(code, int) else 0)

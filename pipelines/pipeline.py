@@ -76,7 +76,7 @@ class Pipeline:
         try:
             with quiet(Path(source).is_dir()):
                 pipe = DiffusionPipeline.from_pretrained(
-                    source, torch_dtype=torch_dtype, use_safetensors=True
+                    source, dtype=torch_dtype, use_safetensors=True
                 )
         except Exception as error:  # diffusers, transformers and the hub raise what they like
             reason = " ".join(str(error).split())[:300]

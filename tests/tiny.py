@@ -27,10 +27,12 @@ def sd3(**transformer_changes) -> StableDiffusion3Pipeline:
         transformer = type(transformer)(**{**config, **transformer_changes})
     randomise(transformer)
     tokenizer = models.build_tokenizer()  # not shared: fast tokenizers are not safe in two threads
+    vae = models.build_autoencoder().eval()
+    vae.register_to_config(scaling_factor=0.7, shift_factor=0.05)
     pipe = StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=models.build_autoencoder().eval(),
+        vae=vae,
         text_encoder=models.build_text_encoder(tokenizer).eval(),
         text_encoder_2=models.build_text_encoder(tokenizer).eval(),
         text_encoder_3=models.build_silent_t5().eval(),

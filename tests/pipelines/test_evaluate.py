@@ -1,0 +1,148 @@
+"""Evaluation: scores, pairs, intervals, resumption; and the overhead benchmark's gate."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dittune
+from dittune.errors import ConfigError, DittuneError
+from dittune.pipelines import bench, cli, eval_table, evaluate
+from dittune.pipelines.evaluate import ImageScore, Variant
+from dittune.samples.shapes import world
+from dittune.samples.shapes.prompts import prompt_set
+
+
+class Painter:
+    """Stands in for a pipeline: draws what the prompt says, wrong if its methods say so."""
+
+    def __init__(self):
+        self.methods, self.calls = [], 0
+
+    def __call__(self, prompts, seed, progress, **settings):
+        self.calls += 1
+        images = []
+        for prompt, number in zip(prompts, seed, strict=True):
+            request = world.parse(prompt)
+            things = [
+                world.SceneObject(n.color, n.shape, 16 + 32 * (i % 2), 16 + 32 * (i // 2), 10)
+                for i, n in enumerate(request.objects)
+            ]
+            if self.methods and number == 1:
+                things = things[1:]
+            scene = world.Scene(tuple(things), request.background or "white")
+            images.append(Image.fromarray(world.draw(scene)))
+        return type("Result", (), {"images": images})
+
+
+PROMPTS = ["a red circle", "a blue square and a pink ring", "a green cross on a black background"]
+
+
+def run(painter, out, variants=None):
+    variants = variants or [Variant("none"), Variant("worse", (dittune.SoftPAG(heads="0:0"),))]
+    return evaluate.evaluate(painter, variants, PROMPTS, range(2), out, batch=2)
+
+
+def test_scores_pairs_and_resumption(tmp_path):
+    painter = Painter()
+    scores = run(painter, tmp_path)
+    assert len(scores) == 12 and all(s.success for s in scores if s.variant == "none")
+    assert [s.seed for s in scores if not s.success] == [1, 1, 1]
+    rows = eval_table.summarize(scores)
+    assert [row["success"]["share"] for row in rows] == [1.0, 0.5]
+    assert rows[0]["difference"] is None and rows[1]["difference"][0] == -0.5
+    assert (tmp_path / "grid.png").exists()
+    calls = painter.calls
+    lines = (tmp_path / "images.csv").read_text().splitlines()
+    (tmp_path / "images.csv").write_text("\n".join(lines[:-2]) + "\n")
+    assert run(painter, tmp_path) == scores or len(run(painter, tmp_path)) == 12
+    assert painter.calls <= calls + 1 + 2 * 2 + 2  # two missing images, and the grids
+
+
+def test_wilson_interval():
+    assert eval_table.wilson(0, 0) == (0.0, 1.0)
+    low, high = eval_table.wilson(97, 100)
+    assert (low, high) == pytest.approx((0.9155, 0.9897), abs=1e-4)
+    assert eval_table.wilson(100, 100)[1] == pytest.approx(1.0)
+
+
+def test_paired_difference_is_over_prompts():
+    base = [
+        ImageScore("a", str(p), s, 1, False, False, True, 0, 0.1, 1.0)
+        for p in range(50)
+        for s in (0, 1)
+    ]
+    better = [replace(s, variant="b", success=int(s.prompt) % 2 == 0) for s in base]
+    mean, low, high = eval_table.paired_difference(better, base)
+    half = 1.96 * np.std([0, 1] * 25, ddof=1) / 50**0.5
+    assert mean == 0.5 and low == pytest.approx(0.5 - half, abs=1e-3)
+    assert high - mean == pytest.approx(mean - low)
+    assert eval_table.paired_difference(better[:2], base[:2]) is None
+
+
+def test_prompts(tmp_path):
+    assert evaluate.load_prompts("test") == list(prompt_set("test"))
+    some = evaluate.load_prompts("test", 24)
+    assert len(some) == 24 and len({len(world.parse(p).objects) for p in some}) == 4
+    path = tmp_path / "mine.txt"
+    path.write_text("a red circle\n\n")
+    assert evaluate.load_prompts(str(path)) == ["a red circle"]
+    path.write_text("a photo of a cat\n")
+    with pytest.raises(ConfigError, match="cannot judge"):
+        evaluate.load_prompts(str(path))
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        evaluate.load_prompts(str(path))
+    with pytest.raises(ConfigError, match="train, val, test"):
+        evaluate.load_prompts("nowhere")
+
+
+def test_the_command(saved, tmp_path, capsys):
+    arguments = [
+        "eval",
+        "--model",
+        saved,
+        "--limit",
+        "2",
+        "--steps",
+        "1",
+        "--out",
+        tmp_path,
+        "--json",
+    ]
+    arguments += ["--method", "none", "--method", "pag=softpag", "--set", "pag.heads=0:*"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in arguments])
+    assert stop.value.code == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["variant"] for row in document["rows"]] == ["none", "pag"]
+    assert document["config"]["methods"]["pag"]["heads"] == "0:*"
+    assert "| pag |" in (tmp_path / "table.md").read_text()
+
+
+def test_peak_memory_sees_an_allocation():
+    with evaluate.PeakMemory() as before:
+        np.ones(1)
+        time.sleep(0.1)
+    with evaluate.PeakMemory() as after:
+        block = np.ones(50_000_000)
+        time.sleep(0.1)
+    assert after.mib > before.mib + 200 and block[0] == 1
+
+
+def test_bench_times_nothing_that_changed(saved, monkeypatch):
+    pipe = dittune.Pipeline.from_pretrained(str(saved)).pipe
+    embeds = {
+        "prompt_embeds": torch.randn(1, 40, 128),
+        "pooled_prompt_embeds": torch.randn(1, 128),
+    }
+    sample = bench._sampler(pipe, 1, embeds, guidance_scale=1.0)
+    row = bench.attach_overhead(pipe, sample, rounds=3, steps=1)
+    assert row["ratio"] > 0 and row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
+    monkeypatch.setattr(bench.DoNothing, "attend", lambda self, call, proceed: call.value)
+    with pytest.raises(DittuneError, match="changed the output"):
+        bench.attach_overhead(pipe, sample, rounds=3, steps=1)

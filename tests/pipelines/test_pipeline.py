@@ -1,0 +1,125 @@
+"""The wrapper: loads, checks, attaches for the length of a call, records."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+import dittune
+from dittune.errors import CheckpointError, ConfigError, DittuneError
+
+SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "progress": False}
+
+
+def pixels(result):
+    return [np.asarray(image) for image in result.images]
+
+
+def test_call_record_and_detach(saved):
+    method = dittune.SoftPAG(heads="0:1", u=0.5)
+    pipe = dittune.Pipeline.from_pretrained(str(saved), methods=[method])
+    result = pipe("a red circle", seed=5, guidance_scale=3.0, **SMALL)
+    assert type(pipe.pipe) is StableDiffusion3Pipeline
+    record = result.record
+    assert record["model"] == "tiny-sd3" and record["seeds"] == [5]
+    assert record["settings"]["guidance_scale"] == 3.0
+    assert record["settings"]["num_inference_steps"] == 2
+    assert record["methods"][0]["heads"] == "0:1" and record["methods"][0]["method"] == "softpag"
+    assert record["report"]["softpag"]["perturbed_passes"] == 2
+    assert record["versions"]["torch"] == torch.__version__ and record["seconds"] > 0
+    pipe.methods = []
+    assert not np.array_equal(pixels(pipe("a red circle", seed=5, **SMALL))[0], pixels(result)[0])
+
+
+def test_each_image_of_a_call_has_a_seed_of_its_own(saved):
+    pipe = dittune.Pipeline.from_pretrained(str(saved))
+    both = pixels(pipe(["a red circle", "a red circle"], seed=5, **SMALL))
+    second = pixels(pipe("a red circle", seed=6, **SMALL))[0]
+    assert np.abs(both[1].astype(int) - second).max() <= 1
+    assert not np.array_equal(both[0], both[1])
+    named = pixels(pipe(["a red circle", "a red circle"], seed=[6, 5], **SMALL))
+    assert np.abs(named[0].astype(int) - second).max() <= 1
+    by_hand = pipe("a red circle", generator=torch.Generator().manual_seed(6), **SMALL)
+    assert np.array_equal(pixels(by_hand)[0], second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"num_inference_step": 2}, "did you mean 'num_inference_steps'"),
+        ({"width": 36}, "width must be a multiple of 8 from 8 to 128, got 36"),
+        ({"height": 136}, "height must be a multiple of 8 from 8 to 128, got 136"),
+        ({"seed": [1, 2]}, "expected 1 seeds, one an image, got 2"),
+        ({"seed": 1, "generator": torch.Generator()}, "either seed or generator"),
+    ],
+)
+def test_bad_arguments(saved, arguments, match):
+    pipe = dittune.Pipeline.from_pretrained(str(saved))
+    with pytest.raises(ConfigError, match=match):
+        pipe("a red circle", **{**SMALL, **arguments})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_says_what_to_lower(saved, error):
+    pipe = dittune.Pipeline.from_pretrained(str(saved))
+
+    def fail(*_):
+        raise error
+
+    pipe.pipe.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(DittuneError, match="lower the number of images"):
+        pipe("a red circle", **SMALL)
+
+
+def test_other_errors_are_not_hidden(saved):
+    pipe = dittune.Pipeline.from_pretrained(str(saved))
+
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    pipe.pipe.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        pipe("a red circle", **SMALL)
+
+
+def test_truncated_checkpoint(model):
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(
+        CheckpointError, match=r"transformer/diffusion_pytorch_model.safetensors is trunc"
+    ):
+        dittune.Pipeline.from_pretrained(str(model))
+
+
+def test_pickle_checkpoint(model):
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model.bin is a pickle"):
+        dittune.Pipeline.from_pretrained(str(model))
+
+
+def test_missing_weights(model):
+    (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot load"):
+        dittune.Pipeline.from_pretrained(str(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("shapes-sd33", "no bundled checkpoint 'shapes-sd33'"), ("{tmp}", "no model_index.json")],
+)
+def test_no_such_model(tmp_path, name, match):
+    with pytest.raises(CheckpointError, match=match):
+        dittune.Pipeline.from_pretrained(name.format(tmp=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"device": "cuda:99"}, "device 'cuda:99'"), ({"dtype": "int8"}, "int8")],
+)
+def test_device_and_dtype(saved, settings, match):
+    with pytest.raises(ConfigError, match=match):
+        dittune.Pipeline.from_pretrained(str(saved), **settings)
