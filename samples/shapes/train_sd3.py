@@ -20,7 +20,7 @@ from dittune.call import AttnCall, Site
 from dittune.method import Method
 from dittune.models import sd3
 from dittune.run import Run
-from dittune.samples.shapes import data, models
+from dittune.samples.shapes import data, loss_curve, models
 from dittune.samples.shapes.trainer import Trainer
 from dittune.seam import Link, make_processor, stock_attention
 
@@ -163,4 +163,8 @@ def export(work: Path, out: Path, shift: float = 1.0) -> None:
         tokenizer_3=models.build_silent_t5_tokenizer(),
     )
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    (out / "loss.csv").write_bytes((work / "sd3" / "loss.csv").read_bytes())
+    for stage in ("autoencoder", "sd3"):
+        log = work / stage / "loss.csv"
+        (out / f"loss-{stage}.csv").write_bytes(log.read_bytes())
+        picture = loss_curve.draw(loss_curve.read_log(log), f"shapes-sd3, stage {stage}")
+        (out / f"loss-{stage}.svg").write_text(picture)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 WARMUP = 100  # steps
 DECAY_SHARE = 0.3  # share of the steps over which the learning rate falls to zero
 SAVE_SECONDS = 60
+LOG_EVERY = 50  # steps
 
 
 def lr_factor(step: int, steps: int) -> float:
@@ -73,39 +74,40 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def run(self) -> None:
+        """Train until `steps` are done; the state is saved every minute and at the end."""
         self.resume()
-        saved = started = time.monotonic()
+        saved, sums = time.monotonic(), {}
         bar = tqdm(total=self.steps, initial=self.step, mininterval=5, maxinterval=30)
-        log = (self.work / "loss.csv").open("a", newline="")
-        writer, sums = csv.writer(log), {}
-        while self.step < self.steps:
-            for opt, lrs in zip(self.optimizers, self.base_lrs, strict=True):
-                for group, lr in zip(opt.param_groups, lrs, strict=True):
-                    group["lr"] = lr * lr_factor(self.step, self.steps)
-            losses = self.loss_fn(self.step)
-            losses["loss"].backward()
-            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            for opt in self.optimizers:
-                opt.step()
-                opt.zero_grad(set_to_none=True)
-            self._update_ema()
-            self.step += 1
-            for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + float(value.detach())
-            if self.step % 50 == 0:
-                means = {k: v / 50 for k, v in sums.items()}
-                writer.writerow([self.step, *(f"{k}={v:.5f}" for k, v in means.items())])
-                log.flush()
-                bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
-                sums = {}
-            bar.update()
-            if time.monotonic() - saved > SAVE_SECONDS:
-                self.seconds += time.monotonic() - started
-                saved = started = time.monotonic()
-                self.save()
-        self.seconds += time.monotonic() - started
-        self.save()
-        bar.close()
+        with bar, (self.work / "loss.csv").open("a", newline="") as log:
+            writer = csv.writer(log)
+            while self.step < self.steps:
+                for key, value in self._train_step().items():
+                    sums[key] = sums.get(key, 0.0) + value / LOG_EVERY
+                if self.step % LOG_EVERY == 0:
+                    writer.writerow([self.step, *(f"{k}={v:.5f}" for k, v in sums.items())])
+                    log.flush()
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()})
+                    sums = {}
+                bar.update()
+                if time.monotonic() - saved > SAVE_SECONDS or self.step == self.steps:
+                    self.seconds += time.monotonic() - saved
+                    saved = time.monotonic()
+                    self.save()
+
+    def _train_step(self) -> dict[str, float]:
+        factor = lr_factor(self.step, self.steps)
+        for opt, lrs in zip(self.optimizers, self.base_lrs, strict=True):
+            for group, lr in zip(opt.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+        losses = self.loss_fn(self.step)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        for opt in self.optimizers:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        self._update_ema()
+        self.step += 1
+        return {key: float(value.detach()) for key, value in losses.items()}
 
     @torch.no_grad()
     def _update_ema(self) -> None:
