@@ -25,9 +25,9 @@ MAY_IMPORT = {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
     },
     "dittune/attach.py": {"class_swap", "denoiser", "errors", "method", "models", "run"},
-    "dittune/methods/": {"call", "errors", "heads", "method", "run"},
+    "dittune/methods/": {"call", "errors", "heads", "kernels", "method", "run"},
     "dittune/models/": {"call", "errors"},
-    "kernels/": set(),
+    "kernels/": {"kernels"},
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 from dittune.call import AttnCall, Site
 from dittune.errors import ConfigError, SelectionError
 from dittune.heads import HeadSet
+from dittune.kernels.diagonal_columns import diagonal_columns_attention
 from dittune.method import Method
 from dittune.run import ModelInputs, Run
 
@@ -167,18 +168,13 @@ class SoftPAG(Method):
 
 
 def _self_and_text(call: AttnCall) -> torch.Tensor:
-    """Image rows attend to themselves and the text only, `[B, H, image, D]`.
-
-    Softmax over `1 + text` logits; the `image x image` block of the map is never formed.
-    """
-    (first, last), (text_first, text_last) = call.layout.image, call.layout.text
-    scale = call.options.get("scale") or call.query.shape[-1] ** -0.5
-    query, key, value = (t[:, :, first:last] for t in (call.query, call.key, call.value))
-    text_key = call.key[:, :, text_first:text_last]
-    text_value = call.value[:, :, text_first:text_last]
-    logits = torch.cat(
-        [(query * key).sum(-1, keepdim=True), query @ text_key.transpose(-1, -2)], dim=-1
+    """Image rows attend to themselves and the text only, `[B, H, image, D]`."""
+    image, text = slice(*call.layout.image), slice(*call.layout.text)
+    return diagonal_columns_attention(
+        call.query[:, :, image],
+        call.key[:, :, image],
+        call.value[:, :, image],
+        call.key[:, :, text],
+        call.value[:, :, text],
+        call.options.get("scale"),
     )
-    at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
-    weights = torch.softmax(logits * scale, dim=-1, dtype=at_least_fp32).to(value.dtype)
-    return weights[..., :1] * value + weights[..., 1:] @ text_value

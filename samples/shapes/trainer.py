@@ -76,18 +76,20 @@ class Trainer:
     def run(self) -> None:
         """Train until `steps` are done; the state is saved every minute and at the end."""
         self.resume()
-        saved, sums = time.monotonic(), {}
+        saved, sums, counted = time.monotonic(), {}, 0
         bar = tqdm(total=self.steps, initial=self.step, mininterval=5, maxinterval=30)
         with bar, (self.work / "loss.csv").open("a", newline="") as log:
             writer = csv.writer(log)
             while self.step < self.steps:
                 for key, value in self._train_step().items():
-                    sums[key] = sums.get(key, 0.0) + value / LOG_EVERY
+                    sums[key] = sums.get(key, 0.0) + value
+                counted += 1
                 if self.step % LOG_EVERY == 0:
+                    sums = {key: value / counted for key, value in sums.items()}
                     writer.writerow([self.step, *(f"{k}={v:.5f}" for k, v in sums.items())])
                     log.flush()
                     bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()})
-                    sums = {}
+                    sums, counted = {}, 0
                 bar.update()
                 if time.monotonic() - saved > SAVE_SECONDS or self.step == self.steps:
                     self.seconds += time.monotonic() - saved
