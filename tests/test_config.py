@@ -9,6 +9,12 @@ from dittune.errors import ConfigError
 AWKWARD = ["a = b, \"c\" ${d} 'e': f", "\\${x} 50%", "null", "2:1", "- dash # no comment"]
 
 
+@pytest.fixture
+def no_preset(monkeypatch):
+    monkeypatch.setattr(config, "preset", lambda model: {})
+
+
+@pytest.mark.usefixtures("no_preset")
 def test_round_trip_through_yaml(tmp_path):
     resolved = config.resolve(
         {"prompts": AWKWARD, "negative_prompt": "${none}", "seed": 3},
@@ -25,6 +31,7 @@ def test_round_trip_through_yaml(tmp_path):
     }
 
 
+@pytest.mark.usefixtures("no_preset")
 def test_yaml_is_not_base_60_and_knows_exponents(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 010\nmethods:\n  softpag: {heads: 2:1, scale: 1e-3, u: .5}\n")
@@ -46,6 +53,15 @@ def test_order_of_merging(monkeypatch):
     )
     settings = used.methods["softpag"]
     assert (settings["u"], settings["scale"], settings["start"]) == (0.2, 8.0, 0.1)
+
+
+@pytest.mark.parametrize("model", dittune.available_checkpoints())
+def test_the_presets_of_the_bundled_models_are_valid_and_select_no_method(model):
+    recommended = config.preset(model)
+    assert recommended["methods"]
+    assert config.resolve({"model": model}).methods == {}
+    built = config.build_methods(config.resolve({"model": model}, list(recommended["methods"])))
+    assert not any(method.is_neutral for method in built.values())
 
 
 @pytest.mark.parametrize(
