@@ -142,7 +142,7 @@ def train(work: Path, steps: int, batch: int = 64, width: int = 128, layers: int
     trainer.run()
 
 
-def export(work: Path, out: Path, shift: float = 1.0) -> None:
+def export(work: Path, out: Path, shift: float = 3.0) -> None:
     """Write the averaged weights as an ordinary pipeline folder in half precision."""
     state = torch.load(work / "sd3" / "state.pt", weights_only=True, map_location="cpu")
     tokenizer = models.build_tokenizer()
