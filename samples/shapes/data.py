@@ -49,12 +49,12 @@ def token_labels(scene: world.Scene, tokens: int = 8) -> np.ndarray:
 class SceneLatents:
     """Training scenes with their latents, made once and kept on disk."""
 
-    def __init__(self, work: Path, count: int = SCENES):
+    def __init__(self, work: Path, vae_folder: Path, count: int = SCENES):
         rng = np.random.default_rng(3)
         self.scenes = [world.sample_scene(rng) for _ in range(count)]
         path = work / f"latents-{count}.pt"
         if not path.exists():
-            vae = AutoencoderKL.from_pretrained(work / "autoencoder" / "vae").eval()
+            vae = AutoencoderKL.from_pretrained(vae_folder).eval()
             config, parts = vae.config, []
             with torch.no_grad():
                 for i in tqdm(range(0, count, 200), desc="latents", mininterval=5):
@@ -64,6 +64,7 @@ class SceneLatents:
                     with torch.autocast("cpu", torch.bfloat16):
                         latents = vae.encode(x).latent_dist.mean.float()
                     parts.append((latents - config.shift_factor) * config.scaling_factor)
+            work.mkdir(parents=True, exist_ok=True)
             torch.save(torch.cat(parts).half(), path)
         self.latents = torch.load(path, weights_only=True)
         labels = np.stack([token_labels(scene) for scene in self.scenes])

@@ -19,12 +19,13 @@ def main() -> None:
     parser.add_argument("stage", choices=["autoencoder", "sd3", "export-sd3"])
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of states and logs")
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--init", type=Path, help="start `sd3` from the weights of this pipeline")
     parser.add_argument("--out", type=Path, default=Path("samples/checkpoints/shapes-sd3"))
     args = parser.parse_args()
     if args.stage == "autoencoder":
         train_autoencoder.train(args.work / "autoencoder", args.steps)
     elif args.stage == "sd3":
-        train_sd3.train(args.work, args.steps)
+        train_sd3.train(args.work, args.steps, args.init)
     else:
         train_sd3.export(args.work, args.out)
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from dittune.call import AttnCall, Site
@@ -103,13 +104,21 @@ def split_parameters(module: nn.Module) -> tuple[list, list]:
     return hidden, other
 
 
-def train(work: Path, steps: int, batch: int = 64, width: int = 128, layers: int = 6) -> None:
-    """Train `work/sd3`; `export` makes a pipeline of it."""
+def train(work: Path, steps: int, init: Path | None = None, batch: int = 64) -> None:
+    """Train `work/sd3`; `export` makes a pipeline of it.
+
+    Args:
+        init: an exported pipeline folder whose weights a new training starts from.
+    """
+    width, layers = 128, 6
     torch.manual_seed(4)
     tokenizer = models.build_tokenizer()
-    scenes = data.SceneLatents(work)
+    vae = work / "autoencoder" / "vae"
+    scenes = data.SceneLatents(work, vae if init is None else init / "vae")
     bundle = SD3Bundle(tokenizer, layers, width, label_layer=layers - 3)
     install_padding_weight(bundle.transformer)
+    if init is not None:
+        _load_weights(bundle, init)
     compiled = torch.compile(bundle)
     generator = torch.Generator()
 
@@ -142,7 +151,15 @@ def train(work: Path, steps: int, batch: int = 64, width: int = 128, layers: int
     trainer.run()
 
 
-def export(work: Path, out: Path, shift: float = 3.0) -> None:
+def _load_weights(bundle: SD3Bundle, folder: Path) -> None:
+    """Take over the weights of an exported pipeline; the label head starts anew."""
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        (path,) = (folder / name).glob("*.safetensors")
+        weights = {key: value.float() for key, value in load_file(path).items()}
+        getattr(bundle, name).load_state_dict(weights)
+
+
+def export(work: Path, out: Path, shift: float = 4.0) -> None:
     """Write the averaged weights as an ordinary pipeline folder in half precision."""
     state = torch.load(work / "sd3" / "state.pt", weights_only=True, map_location="cpu")
     tokenizer = models.build_tokenizer()

@@ -1,11 +1,13 @@
 """Training is resumable, and its one shortcut is exact."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import dittune
 from dittune.samples.shapes import data, loss_curve, models, train_sd3, world
 from dittune.samples.shapes.trainer import Trainer, lr_factor
 from tests.tiny import randomise
@@ -109,3 +111,16 @@ def test_the_tokenizer_knows_every_word_of_the_world(tmp_path):
 def test_the_silent_t5_says_nothing():
     out = models.build_silent_t5()(torch.randint(0, 4, (1, 9))).last_hidden_state
     assert out.shape == (1, 9, 128) and torch.equal(out, torch.zeros_like(out))
+
+
+def test_a_training_can_start_from_the_bundled_weights(tmp_path):
+    folder = Path(dittune.checkpoint("shapes-sd3"))
+    bundle = train_sd3.SD3Bundle(models.build_tokenizer(), 6, 128, label_layer=3)
+    train_sd3._load_weights(bundle, folder)
+    bundled = type(bundle.transformer).from_pretrained(folder / "transformer")
+    for name, value in bundled.state_dict().items():
+        assert torch.equal(bundle.transformer.state_dict()[name], value)
+    scenes = data.SceneLatents(tmp_path, folder / "vae", count=200)
+    latents, texts, labels = scenes.batch(16, np.random.default_rng(0))
+    assert latents.shape == (16, 4, 16, 16) and abs(latents.std() - 1) < 0.3
+    assert len(texts) == 16 and labels.shape == (16, 64, data.LABELS)
