@@ -84,16 +84,16 @@ class Attachment:
         self.detach()
 
     def detach(self) -> None:
-        """Restore everything; a second call does nothing. Every step is tried even if one fails."""
-        failures = []
-        while self._undo:
-            undo = self._undo.pop()
+        """Restore everything. Every step is tried even if one fails; a second call retries that."""
+        failed = []
+        for undo in reversed(self._undo):
             try:
                 undo()
             except Exception as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+                failed.append((undo, error))
+        self._undo = [undo for undo, _ in reversed(failed)]
+        if failed:
+            raise failed[0][1]
 
     def report(self) -> dict[str, Any]:
         """What each method reports of the last generation, by method name."""
@@ -112,8 +112,7 @@ class Attachment:
             raise SeamError("a pipeline runs one generation at a time; wait, or load a second one")
         self.run = self.last_run = Run()
         try:
-            for model in self._models:
-                model.check_installed()
+            self._check_installed()
             if "callback_on_step_end" in inspect.signature(stock_call).parameters:
                 kwargs = self._with_step_end(kwargs)
             return stock_call(pipe, *args, **kwargs)
@@ -122,10 +121,20 @@ class Attachment:
                 model.forget_run()
             self.run = None
 
+    def _check_installed(self) -> None:
+        now = _denoisers(self.pipe)
+        if [id(model) for model in now] != [id(model.model) for model in self._models]:
+            raise SeamError(
+                "the denoiser of the pipeline was replaced after attaching, by "
+                f"{', '.join(type(model).__name__ for model in now)}; attach after that"
+            )
+        for model in self._models:
+            model.check_installed()
+
     def _with_step_end(self, kwargs: dict) -> dict:
         """The user's own `callback_on_step_end` still runs, after the methods."""
         users = kwargs.get("callback_on_step_end")
-        wanted = list(kwargs.get("callback_on_step_end_tensor_inputs") or ["latents"])
+        wanted = list(kwargs.get("callback_on_step_end_tensor_inputs", ["latents"]))
         if hasattr(users, "tensor_inputs"):  # diffusers' PipelineCallback brings its own list
             wanted = list(users.tensor_inputs)
 
@@ -155,6 +164,11 @@ class Attachment:
         seam = next(m for m in self._models if m.model is model)
         if self.run is not None:
             return seam.call(self.run, self.pipe, stock_call, args, kwargs)
+        if self.pipe is not None:
+            raise SeamError(
+                f"{type(model).__name__} was called outside the pipeline it is attached through; "
+                "detach before another pipeline uses it, or attach to the denoiser itself"
+            )
         run = self.last_run = Run(num_steps=1)
         seam.forget_run()  # not after the call: gradient checkpointing runs the sites again later
         seam.check_installed()

@@ -63,6 +63,19 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes also what only `_Loader` would take for a number."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_Loader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -81,7 +94,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def write_yaml(config: RunConfig) -> str:
     """The configuration as YAML that `read_yaml` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    values = dataclasses.asdict(config)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def preset(model: str) -> dict[str, Any]:
@@ -99,14 +113,16 @@ def resolve(
     """Merge and check a configuration.
 
     Args:
-        content: settings by the names of `RunConfig`, from a file and from flags.
+        content: settings by the names of `RunConfig`, from a file, a record and flags. None for
+            one that may be None is a choice, which a preset does not override.
         methods: further methods, each `NAME` or `LABEL=NAME`.
         overrides: settings of methods, each `LABEL.FIELD=VALUE`.
 
     Raises:
         ConfigError: an unknown key or method, or a value of the wrong type.
     """
-    content = {key: value for key, value in content.items() if value is not None}
+    required = {f.name for f in dataclasses.fields(RunConfig) if "None" not in f.type}
+    content = {k: v for k, v in content.items() if v is not None or k not in required}
     recommended = preset(str(content.get("model", RunConfig.model)))
     defaults = recommended.pop("methods", {})
     config = RunConfig(**_checked(RunConfig, {**recommended, **content}, "configuration"))
@@ -141,6 +157,8 @@ def build_methods(config: RunConfig) -> dict[str, Method]:
 
 def _method_settings(label: str, settings: dict, defaults: Mapping[str, Any]) -> dict[str, Any]:
     name = settings.pop("method", label)
+    if not isinstance(name, str):
+        raise ConfigError(f"method {label}: method is the name of one, got {name!r}")
     cls = load_method(name)
     merged = _checked(cls, {**defaults.get(name, {}), **settings}, f"method {label}")
     return {"method": name, **merged} if name != label else merged
@@ -182,7 +200,7 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
 def _escaped(value: Any) -> Any:
     """Keep `${...}` in prompts literal: nothing is interpolated."""
     if isinstance(value, str):
-        return value.replace("\\${", "\\\\${").replace("${", "\\${")
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
     if isinstance(value, (list, tuple)):
         return [_escaped(item) for item in value]
     if isinstance(value, dict):

@@ -43,7 +43,7 @@ class AttachedModel:
                 calls = self.facts.CORE_CALLS.get(type(stock).__name__)
                 self.installed.append((module, stock, make_processor(stock, site, calls)))
         self.active: tuple[Method, ...] | None = None
-        self.checked: set[Method] = set()
+        self.checked: set[int] = set()  # ids: a method need not be hashable
 
     def _check_replacers(self) -> None:
         replacers = [
@@ -136,7 +136,7 @@ class AttachedModel:
 
     def _check_fired(self, inputs: ModelInputs) -> None:
         """A site that never fires is an error, no silent no-op. Checked once a method and run."""
-        new = set(self.active) - self.checked
+        new = {id(method) for method in self.active} - self.checked
         if not new or "cond" not in inputs.roles:
             return
         self.checked |= new

@@ -26,7 +26,7 @@ class HeadSet:
         pairs: dict[tuple[int, int | str], None] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             layer, colon, head = (side.strip() for side in part.partition(":"))
-            if not colon or not layer.isdigit() or not (head == ALL or head.isdigit()):
+            if not colon or not layer.isdecimal() or not (head == ALL or head.isdecimal()):
                 raise ConfigError(
                     f"heads are written layer:head,layer:head (head may be *), got {part!r}"
                 )

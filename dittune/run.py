@@ -45,7 +45,7 @@ class ModelInputs:
     Attributes:
         kwargs: the denoiser's arguments by name.
         roles: what the chunks are, in row order.
-        batched: names in `kwargs` whose first axis is the batch.
+        batched: names in `kwargs` whose first axis is the batch, the sample's first.
         run: the generation this call belongs to.
     """
 
@@ -79,10 +79,16 @@ class ModelInputs:
 
     def _map(self, change) -> dict[str, Any]:
         kwargs = dict(self.kwargs)
+        batch = len(kwargs[self.batched[0]])
+
+        def over(tensor: torch.Tensor) -> torch.Tensor:
+            broadcasts = tensor.ndim == 0 or len(tensor) == 1 < batch  # one timestep for all rows
+            return tensor if broadcasts else change(tensor)
+
         for name in self.batched:
             value = kwargs.get(name)
-            if isinstance(value, torch.Tensor) and value.ndim > 0:
-                kwargs[name] = change(value)
+            if isinstance(value, torch.Tensor):
+                kwargs[name] = over(value)
             elif isinstance(value, (list, tuple)):
-                kwargs[name] = type(value)(change(item) for item in value)
+                kwargs[name] = type(value)(over(item) for item in value)
         return kwargs

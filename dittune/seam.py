@@ -10,6 +10,7 @@ Python. Without methods at a site the stock core is called with the stock argume
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import textwrap
@@ -140,11 +141,7 @@ class _Redirect(ast.NodeTransformer):
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if name in REDIRECT:
             self.count += 1
-            owner = ast.Name("self", ast.Load())
-            node.func = ast.copy_location(
-                ast.Attribute(owner, REDIRECT[name], ast.Load()), function
-            )
-            ast.fix_missing_locations(node.func)
+            node.func = ast.Attribute(ast.Name("self", ast.Load()), REDIRECT[name], ast.Load())
         return node
 
 
@@ -160,10 +157,12 @@ def processor_class(stock_class: type, expected_calls: int | None = None) -> typ
         UnsupportedModelError: no core call is found, or not the expected number.
     """
     stock_call = inspect.unwrap(stock_class.__call__)
+    if stock_call.__code__.co_freevars:
+        raise UnsupportedModelError(f"{stock_call.__qualname__} is a closure, not rewritable")
     try:
         rewritten, count = _rewrite(stock_call)
     except (OSError, TypeError):  # a frozen application carries no source
-        rewritten, count = _rebinding_call, _count_core_names(stock_call)
+        rewritten, count = _rebinding(stock_call), _count_core_names(stock_call)
     if count == 0 or (expected_calls is not None and count != expected_calls):
         expected = "at least 1" if expected_calls is None else str(expected_calls)
         raise UnsupportedModelError(
@@ -190,10 +189,6 @@ def _rewrite(stock_call: FunctionType) -> tuple[FunctionType, int]:
     redirect = _Redirect()
     tree = ast.fix_missing_locations(redirect.visit(tree))
     ast.increment_lineno(tree, stock_call.__code__.co_firstlineno - 1)
-    if stock_call.__code__.co_freevars:
-        raise UnsupportedModelError(
-            f"{stock_call.__qualname__} is a closure; it cannot be rewritten"
-        )
     namespace: dict[str, Any] = {}
     flags = stock_call.__code__.co_flags & annotations.compiler_flag
     code = compile(tree, stock_call.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
@@ -208,21 +203,24 @@ def _rewrite(stock_call: FunctionType) -> tuple[FunctionType, int]:
 
 
 def _count_core_names(function: FunctionType) -> int:
-    return sum(function.__code__.co_names.count(name) for name in REDIRECT)
+    return sum(step.argval in REDIRECT for step in dis.get_instructions(function))
 
 
-def _rebinding_call(self, *args, **kwargs):
-    """Without source: run the stock code with its two core names bound to this processor."""
-    rebound = self.__dict__.get("_rebound")
-    if rebound is None:
-        stock_call = inspect.unwrap(type(self).stock_class.__call__)
-        shim = SimpleNamespace(**vars(functional))
-        setattr(shim, SDPA, self._dittune_sdpa)
-        names = {**stock_call.__globals__, "F": shim, DISPATCH: self._dittune_dispatch}
-        rebound = FunctionType(stock_call.__code__, names, "__call__", stock_call.__defaults__)
-        rebound.__kwdefaults__ = stock_call.__kwdefaults__
-        self._rebound = rebound
-    return rebound(self, *args, **kwargs)
+def _rebinding(stock_call: FunctionType) -> FunctionType:
+    """Without source: run the stock code with its two core names bound to the processor."""
+
+    def call(self, *args, **kwargs):
+        rebound = self.__dict__.get("_rebound")
+        if rebound is None:
+            shim = SimpleNamespace(**vars(functional))
+            setattr(shim, SDPA, self._dittune_sdpa)
+            names = {**stock_call.__globals__, "F": shim, DISPATCH: self._dittune_dispatch}
+            rebound = FunctionType(stock_call.__code__, names, "__call__", stock_call.__defaults__)
+            rebound.__kwdefaults__ = stock_call.__kwdefaults__
+            self._rebound = rebound
+        return rebound(self, *args, **kwargs)
+
+    return call
 
 
 def _register_like(stock_class: type, generated: type) -> None:
@@ -246,5 +244,6 @@ def make_processor(stock: object, site: Site, expected_calls: int | None) -> obj
     stock_class = getattr(type(stock), "stock_class", type(stock))
     processor = object.__new__(processor_class(stock_class, expected_calls))
     processor.__dict__.update(stock.__dict__)
+    processor.__dict__.pop("_rebound", None)  # of an earlier attach, put back by unfuse_...
     processor.installed = InstalledSite(site)
     return processor

@@ -82,13 +82,14 @@ def generate(
         return
     drawn = resolved.seed is None
     todo = generation.prepare(resolved, out)
-    if drawn:
-        say(f"seed {resolved.seed}")
+    pipeline = generation.load(resolved) if todo else None
     total = len(resolved.prompts) * resolved.num_images
     if len(todo) < total:
         say(f"{total - len(todo)} of {total} images are there already")
     made = []
-    for job, record in generation.run(resolved, todo, generation.load(resolved)) if todo else ():
+    for job, record in generation.run(resolved, todo, pipeline):
+        if drawn and not made:
+            say(f"seed {resolved.seed}")
         made.append({"path": str(job.path), **record})
         if not as_json:
             print(job.path)
@@ -116,26 +117,16 @@ def _resolve(config: Path | None, source: Path | None, flags: dict, method, set_
     content: dict[str, Any] = {}
     if source is not None:
         from dittune.pipelines import generate as generation
-        from dittune.pipelines.media import read_record
 
-        record = read_record(source)
-        content = generation.config_of(record)
-        _warn_of_versions(record.get("versions", {}))
+        content, warnings = generation.recorded(source)
+        for warning in warnings:
+            say(f"warning: {warning}")
     if config is not None:
         content |= read_yaml(config)
     content |= {key: value for key, value in flags.items() if value is not None}
+    if source is not None:
+        generation.check_recorded_model(content.get("model"))
     return resolve(content, method or (), set_ or ())
-
-
-def _warn_of_versions(recorded: dict[str, str]) -> None:
-    import importlib.metadata
-
-    import dittune
-
-    for name, version in recorded.items():
-        now = dittune.__version__ if name == "dittune" else importlib.metadata.version(name)
-        if now != version:
-            say(f"warning: made with {name} {version}, this is {now}; bits may differ")
 
 
 @app.command("eval")
@@ -236,7 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except UsageError as error:
-        say(f"error: {' '.join(error.format_message().split())}")
+        if error.format_message():  # none where the help was shown instead
+            say(f"error: {' '.join(error.format_message().split())}")
         code = 2
     except (DittuneError, OSError) as error:
         say(f"error: {' '.join(str(error).split())}")

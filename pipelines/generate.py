@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import math
 import os
 import re
 import secrets
@@ -11,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dittune
 from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
 from dittune.pipelines.media import read_record, save_png
-from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.pipeline import MAX_SEED, Pipeline, public_name
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ def check(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if config.seed is not None and config.seed + config.num_images - 1 > MAX_SEED:
+        raise ConfigError(f"seed must be at most {MAX_SEED}, got {config.seed}")
+    if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
+        raise ConfigError(f"guidance_scale must be a finite number, got {config.guidance_scale}")
     image_size(config)
 
 
@@ -77,7 +84,7 @@ def prepare(config: RunConfig, out: Path) -> list[Job]:
     for job in jobs(config, out):
         if not job.path.exists():
             todo.append(job)
-        elif read_record(job.path)["config"] != _settings(config, job):
+        elif read_record(job.path).get("config") != _settings(config, job):
             raise ConfigError(f"{job.path} was made with other settings; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -118,24 +125,48 @@ def load(config: RunConfig) -> Pipeline:
     return Pipeline.from_pretrained(config.model, methods, device=config.device, dtype=config.dtype)
 
 
-def config_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that makes a recorded image again.
+def recorded(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The configuration that makes a picture again, and warnings of what differs by now.
 
     Raises:
-        ConfigError: the record holds none.
+        ConfigError: the picture cannot be read, or holds no configuration.
     """
+    record = read_record(path)
     if not isinstance(record.get("config"), dict):
-        raise ConfigError("the picture's record holds no configuration")
-    return dict(record["config"])
+        raise ConfigError(f"the record in {path} holds no configuration")
+    versions = record.get("versions")
+    warnings = [
+        f"made with {name} {version}, this is {_version(name)}; bits may differ"
+        for name, version in (versions if isinstance(versions, dict) else {}).items()
+        if version != _version(name)
+    ]
+    return dict(record["config"]), warnings
+
+
+def check_recorded_model(name: Any) -> None:
+    """A record holds the bare name of a local folder: refuse one that cannot be found by it.
+
+    Raises:
+        ConfigError: neither bundled, nor a folder here, nor a hub id.
+    """
+    name = str(name)
+    if "/" not in name and name not in dittune.available_checkpoints() and not Path(name).is_dir():
+        raise ConfigError(f"the picture was made with the local model {name!r}; add --model FOLDER")
+
+
+def _version(name: str) -> str:
+    if name == "dittune":
+        return dittune.__version__
+    try:
+        return importlib.metadata.version(name)
+    except (ValueError, importlib.metadata.PackageNotFoundError):
+        return "not installed"
 
 
 def _settings(config: RunConfig, job: Job) -> dict[str, Any]:
     """The configuration of one image alone, without local paths."""
     alone = dataclasses.replace(config, prompts=[job.prompt], seed=job.seed, num_images=1)
-    settings = dataclasses.asdict(alone)
-    if Path(config.model).is_dir():
-        settings["model"] = Path(config.model).name
-    return settings
+    return {**dataclasses.asdict(alone), "model": public_name(config.model)}
 
 
 def _slug(prompt: str) -> str:

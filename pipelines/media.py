@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dittune.errors import ConfigError
 
@@ -38,14 +38,17 @@ def read_record(path: str | Path) -> dict[str, Any]:
         with Image.open(path) as image:
             image.load()
             text = image.info.get(RECORD_KEY)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"cannot read picture {path}: {error}") from error
     if text is None:
         raise ConfigError(f"{path} carries no dittune record; only PNGs written by dittune do")
     try:
-        return json.loads(text)
+        record = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"the record in {path} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"the record in {path} is damaged: expected settings by name")
+    return record
 
 
 def _parameters_line(record: dict[str, Any]) -> str:
@@ -59,7 +62,9 @@ def _parameters_line(record: dict[str, Any]) -> str:
         "Methods": ", ".join(config.get("methods", {})) or None,
     }
     line = ", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None)
-    return f"{record.get('prompt', '')}\n{line}"
+    negative = config.get("negative_prompt")
+    lines = [record.get("prompt", ""), f"Negative prompt: {negative}" if negative else "", line]
+    return "\n".join(filter(None, lines))
 
 
 def grid(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import numbers
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from dittune.attach import attach
 from dittune.errors import CheckpointError, ConfigError, DittuneError
 from dittune.method import Method
 from dittune.pipelines.loading import locate, pick_device, pick_dtype, quiet
+
+
+MAX_SEED = 2**63 - 1
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Pipeline:
     Attributes:
         pipe: the diffusers pipeline; between calls it is untouched.
         methods: acting in later calls, first one outermost; may be replaced.
-        name: what it was loaded from, without the path.
+        name: what it was loaded from, without the path of a local folder.
     """
 
     def __init__(self, pipe: Any, methods: Sequence[Method] = (), name: str = ""):
@@ -55,8 +59,8 @@ class Pipeline:
         name_or_path: str,
         methods: Sequence[Method] = (),
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device | None = "auto",
+        dtype: str | torch.dtype | None = "auto",
     ) -> Pipeline:
         """Load a bundled checkpoint by name, a local folder, or a hub id.
 
@@ -67,21 +71,27 @@ class Pipeline:
         Raises:
             CheckpointError: not found, unreadable, or stored as pickles (only safetensors are).
             ConfigError: an unknown device or dtype.
+            DittuneError: the model does not fit into memory.
         """
         from diffusers import DiffusionPipeline
 
-        device = pick_device(device)
-        torch_dtype = pick_dtype(dtype, device)
+        device = pick_device(str(device or "auto"))
+        torch_dtype = pick_dtype(str(dtype or "auto").removeprefix("torch."), device)
         source = locate(name_or_path)
         try:
             with quiet(Path(source).is_dir()):
                 pipe = DiffusionPipeline.from_pretrained(
                     source, dtype=torch_dtype, use_safetensors=True
-                )
+                ).to(device)
         except Exception as error:  # diffusers, transformers and the hub raise what they like
+            if _is_out_of_memory(error):
+                raise DittuneError(
+                    f"out of memory while loading {name_or_path}; choose a dtype of half the size "
+                    "(float16, bfloat16), another device, or a smaller model"
+                ) from error
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"cannot load {name_or_path}: {reason}") from error
-        return cls(pipe.to(device), methods, name=Path(name_or_path).name)
+        return cls(pipe, methods, name=public_name(name_or_path))
 
     def __call__(
         self,
@@ -98,7 +108,8 @@ class Pipeline:
             progress: show a progress bar on standard error.
 
         Raises:
-            ConfigError: an argument the pipeline does not have, or a size it cannot make.
+            ConfigError: an argument the pipeline does not have, no prompt, a seed out of range, or
+                a size it cannot make.
             DittuneError: out of memory; says what to lower.
         """
         signature = inspect.signature(self.pipe.__call__)
@@ -111,7 +122,7 @@ class Pipeline:
             with attach(self.pipe, *self.methods) as handle:
                 output = self.pipe(**arguments)
                 report = handle.report()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise DittuneError(
@@ -127,7 +138,10 @@ class Pipeline:
                 near = difflib.get_close_matches(name, signature.parameters, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{type(self.pipe).__name__} takes no {name!r}{hint}")
-        return dict(signature.bind(*args, **kwargs).arguments)
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        if isinstance(arguments.get("prompt"), (list, tuple)) and not arguments["prompt"]:
+            raise ConfigError("the list of prompts is empty")
+        return arguments
 
     def _add_generators(self, arguments: dict[str, Any], seed: Any) -> list[int] | None:
         if seed is None:
@@ -138,15 +152,20 @@ class Pipeline:
         count = (len(prompts) if isinstance(prompts, (list, tuple)) else 1) * arguments.get(
             "num_images_per_prompt", 1
         )
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+        one = isinstance(seed, numbers.Integral)
+        seeds = [int(seed) + i for i in range(count)] if one else [int(s) for s in seed]
         if len(seeds) != count:
             raise ConfigError(f"expected {count} seeds, one an image, got {len(seeds)}")
+        if not all(0 <= s <= MAX_SEED for s in seeds):
+            raise ConfigError(f"seeds are from 0 to {MAX_SEED}, got {seeds}")
         arguments["generator"] = [torch.Generator().manual_seed(s) for s in seeds]
         return seeds
 
     def _check_size(self, arguments: dict[str, Any]) -> None:
         """Sides must be whole patches, and no more of them than the position embedding has."""
-        config = self.pipe.transformer.config
+        config = getattr(getattr(self.pipe, "transformer", None), "config", None)
+        if config is None:
+            return  # `attach` says which models it knows
         unit = self.pipe.vae_scale_factor * config.patch_size
         most = unit * (getattr(config, "pos_embed_max_size", None) or 2**20)
         for name in ("width", "height"):
@@ -187,8 +206,14 @@ class Pipeline:
         }
 
 
+def public_name(name_or_path: str) -> str:
+    """What a record may say of a model: of a local folder its own name only."""
+    folder = Path(name_or_path).expanduser()
+    return folder.resolve().name if folder.is_dir() else name_or_path
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error).lower()
-    return "can't allocate memory" in text or "not enough memory" in text
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

@@ -7,6 +7,7 @@ import torch
 
 import dittune
 from dittune import errors
+from dittune.models import facts_for
 from tests.tiny import FAMILIES, latents, sd3
 
 # Settings under which a method must change nothing, and some under which it must not be idle.
@@ -40,15 +41,27 @@ def cases(table):
 
 
 def snapshot(pipe):
-    """Everything an uninstall must restore, by identity."""
-    modules = dict(pipe.transformer.named_modules())
+    """Everything an uninstall must restore: classes, keys, and values by identity."""
+    modules = {
+        f"{part}.{name}": module
+        for part, component in pipe.components.items()
+        if isinstance(component, torch.nn.Module)
+        for name, module in component.named_modules()
+    }
+    assert len(modules) > 100
     return (
         type(pipe),
-        type(pipe.transformer),
-        set(pipe.__dict__),
+        {name: id(value) for name, value in pipe.__dict__.items() if name in pipe.components},
+        {name: type(module) for name, module in modules.items()},
         {name: set(module.__dict__) for name, module in modules.items()},
         {n: id(m.processor) for n, m in modules.items() if hasattr(m, "processor")},
     )
+
+
+def test_every_method_and_model_is_in_the_tables():
+    assert set(NEUTRAL) == set(ACTIVE) == set(dittune.available_methods())
+    served = {facts_for(build().transformer).__name__ for build in FAMILIES.values()}
+    assert served == {f"dittune.models.{name}" for name in dittune.available_models()}
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
@@ -74,6 +87,15 @@ def test_active_changes_the_output_and_detach_restores_everything(name, settings
     assert other_size.shape[-2:] == (4, 16) and other_size.isfinite().all()
     assert snapshot(pipe) == before
     assert torch.equal(latents(pipe), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_method_whose_time_never_comes_is_bitwise_plain(family):
+    pipe = FAMILIES[family]()
+    plain = latents(pipe, steps=3)
+    with dittune.attach(pipe, dittune.SoftPAG(heads="0:*", start=0.9)) as handle:
+        assert torch.equal(latents(pipe, steps=3), plain)
+        assert handle.report()["softpag"]["perturbed_passes"] == 0
 
 
 def active():
@@ -134,7 +156,36 @@ def test_an_error_while_removing_leaves_no_other_piece_behind(monkeypatch):
     with pytest.raises(RuntimeError, match="while removing"):
         handle.detach()
     assert snapshot(pipe) == before
+    handle.detach()
+    assert snapshot(pipe) == before
+
+
+def test_a_piece_that_cannot_be_removed_is_tried_again(monkeypatch):
+    pipe = sd3()
+    plain, before = latents(pipe), snapshot(pipe)
+    from dittune import denoiser
+
+    write, refused = denoiser._set_processor, pipe.transformer.transformer_blocks[2].attn
+    broken = False
+
+    def refuse(module, processor):
+        if broken and module is refused:
+            raise RuntimeError("cannot remove")
+        write(module, processor)
+
+    monkeypatch.setattr(denoiser, "_set_processor", refuse)
+    handle = dittune.attach(pipe, active())
+    latents(pipe)
+    broken = True
+    with pytest.raises(RuntimeError, match="cannot remove"):
+        handle.detach()
+    assert [a == b for a, b in zip(snapshot(pipe), before)] == [True, True, True, True, False]
+    assert torch.equal(latents(pipe), plain)  # what is left behind does nothing
+    broken = False
+    handle.detach()
+    assert snapshot(pipe) == before
     handle.detach()  # idempotent
+    assert snapshot(pipe) == before
 
 
 def test_a_second_attach_is_refused_and_harmless():

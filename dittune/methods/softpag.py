@@ -9,6 +9,7 @@ section 3 (HeadHunter and SoftPAG); the identity perturbation is that of PAG (ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,6 +63,8 @@ class SoftPAG(Method):
         object.__setattr__(self, "heads", str(HeadSet(self.heads)))
         if not 0.0 <= self.u <= 1.0:
             raise ConfigError(f"softpag: u is in [0, 1], got {self.u}")
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"softpag: scale is a finite number, got {self.scale}")
         for name in ("rows", "cols"):
             if getattr(self, name) not in ("all", "image"):
                 raise ConfigError(

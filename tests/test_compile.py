@@ -1,0 +1,131 @@
+"""`torch.compile`: blocks in one graph each, the whole denoiser, in the orders that are allowed."""
+
+import pytest
+import torch
+
+import dittune
+from dittune.errors import SeamError
+from tests.tiny import latents, sd3
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compile_blocks(pipe, backend):
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+@pytest.mark.parametrize("u", [0.5, 1.0])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_equal_eager(backend, u, compile_first):
+    """`block.compile(fullgraph=True)`, before or after attaching; no graph for more steps."""
+    method = dittune.SoftPAG(heads="0:1,1:0,2:1", u=u)
+    pipe = sd3()
+    plain = latents(pipe, steps=3)
+    with dittune.attach(pipe, method):
+        eager = latents(pipe, steps=3)
+    pipe = sd3()
+    if compile_first:
+        compile_blocks(pipe, backend)
+        latents(pipe, steps=1)
+    with dittune.attach(pipe, method):
+        if not compile_first:
+            compile_blocks(pipe, backend)
+        compiled = latents(pipe, steps=3)
+        count = graphs()
+        latents(pipe, steps=6)
+        assert graphs() == count
+    torch.testing.assert_close(compiled, eager, atol=2e-4, rtol=1e-3)
+    assert (compiled - plain).abs().max() > 1e-2
+    assert count <= 4 * (2 if compile_first else 1)
+    torch.testing.assert_close(latents(pipe, steps=3), plain, atol=2e-4, rtol=1e-3)  # detached
+
+
+def test_the_number_of_graphs_does_not_grow_with_layers():
+    """Blocks share one code object: what differs by layer must be a tensor, not a constant."""
+    counts = []
+    for layers in (3, 7):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        pipe = sd3(num_layers=layers)
+        compile_blocks(pipe, "eager")
+        with dittune.attach(pipe, dittune.SoftPAG(heads=",".join(f"{i}:1" for i in range(layers)))):
+            latents(pipe, steps=1)
+        counts.append(graphs())
+    assert counts[0] == counts[1] > 0
+
+
+def test_attaching_again_and_again_compiles_once():
+    """`dittune.Pipeline` attaches for the length of each call; the recompile limit is 8."""
+    pipe = sd3()
+    plain = latents(pipe, steps=1)
+    compile_blocks(pipe, "eager")
+    latents(pipe, steps=1)
+    results, counts = [], []
+    for _ in range(10):
+        with dittune.attach(pipe, dittune.SoftPAG(heads="0:1,1:0")):
+            results.append(latents(pipe, steps=1))
+        assert torch.equal(latents(pipe, steps=1), plain)
+        counts.append(graphs())
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not torch.equal(results[0], plain)
+    assert counts[-1] == counts[0]
+
+
+def test_start_and_stop_cost_a_bounded_number_of_graphs():
+    pipe = sd3()
+    method = dittune.SoftPAG(heads="0:1,1:0", start=0.25, stop=0.75)
+    with dittune.attach(pipe, method):
+        eager = latents(pipe, steps=4)
+        compile_blocks(pipe, "eager")
+        assert torch.equal(latents(pipe, steps=4), eager)
+        count = graphs()
+        latents(pipe, steps=8)
+    assert graphs() == count <= 12
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+def test_a_denoiser_compiled_in_place(compile_first):
+    """`pipe.transformer.compile()` works in both orders and survives the detach."""
+    pipe = sd3()
+    plain = latents(pipe)
+    with dittune.attach(pipe, dittune.SoftPAG(heads="0:1,1:0")):
+        eager = latents(pipe)
+    if compile_first:
+        pipe.transformer.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(latents(pipe), plain)
+    with dittune.attach(pipe, dittune.SoftPAG(heads="0:1,1:0")) as handle:
+        if not compile_first:
+            pipe.transformer.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(latents(pipe), eager)
+        assert handle.report()["softpag"]["perturbed_passes"] == 2
+    torch.testing.assert_close(latents(pipe), plain)
+
+
+def test_a_denoiser_replaced_by_its_compiled_wrapper():
+    """`pipe.transformer = torch.compile(pipe.transformer)` must come before attaching."""
+    pipe = sd3()
+    plain = latents(pipe)
+    with dittune.attach(pipe, dittune.SoftPAG(heads="0:1,1:0")):
+        eager = latents(pipe)
+        stock = pipe.transformer
+        pipe.transformer = torch.compile(stock, backend="eager")
+        with pytest.raises(SeamError, match=r"replaced after attaching, by OptimizedModule; attach"):
+            latents(pipe)
+        pipe.transformer = stock
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with dittune.attach(pipe, dittune.SoftPAG(heads="0:1,1:0")):
+        torch.testing.assert_close(latents(pipe), eager)
+    torch.testing.assert_close(latents(pipe), plain)
+    assert graphs() >= 2
