@@ -80,7 +80,11 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["variant"], str(row["images"])]
         for key in shares:
-            share, low, high = (100 * row[key][part] for part in ("share", "low", "high"))
+            value = row.get(key)  # a variant still under way may lack some numbers of objects
+            if value is None:
+                cells.append("")
+                continue
+            share, low, high = (100 * value[part] for part in ("share", "low", "high"))
             cells.append(f"{share:.1f} ({low:.1f} to {high:.1f})")
         gap = row["difference"]
         cells.append(
