@@ -20,7 +20,6 @@ from dittune.errors import CheckpointError, ConfigError, DittuneError
 from dittune.method import Method
 from dittune.pipelines.loading import locate, pick_device, pick_dtype, quiet
 
-
 MAX_SEED = 2**63 - 1
 
 

@@ -33,8 +33,10 @@ MAY_IMPORT = {
 
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -43,6 +45,8 @@ def imports(path):
 def test_import_arrows(path):
     name = path.relative_to(ROOT).as_posix()
     inside = {m.split(".")[1] for m in imports(path) if m.startswith("dittune.")}
+    if not name.startswith("pipelines/"):  # only there may public names come from the package
+        assert "dittune" not in imports(path), f"{name} imports from the package itself"
     for prefix, allowed in MAY_IMPORT.items():
         if name.startswith(prefix):
             assert inside <= allowed, f"{name} imports {inside - allowed}"
@@ -86,14 +90,32 @@ def test_import_dittune_is_light():
 
 
 def test_the_name_kernels_is_left_to_the_published_package():
+    """With the repository root first on the path, as in a checkout."""
     code = (
-        "import importlib.util as u; import transformers, diffusers, dittune;"
-        "import diffusers.models.attention_dispatch, sys;"
-        "spec = u.find_spec('kernels');"
-        f"inside = spec is not None and (spec.origin or '').startswith({str(ROOT)!r});"
-        "print(inside, 'kernels' in sys.modules)"
+        "import sys, importlib.util as u, transformers, diffusers, dittune;"
+        "import diffusers.models.attention_dispatch, dittune.kernels.diagonal_columns;"
+        "import transformers.integrations;"
+        "names = ('kernels', 'pipelines', 'samples');"
+        "print(*(n for n in names if getattr(u.find_spec(n), 'origin', None)"
+        " and 'site-packages' not in u.find_spec(n).origin));"
+        "print(*(n for n in names if n in sys.modules));"
+        f"ours = [(n, getattr(m, '__file__', None) or '') for n, m in sys.modules.items()];"
+        f"print(*(n for n, f in ours if f.startswith({str(ROOT)!r})))"
     )
-    assert run(code)[0] == "False"
+    loaded = run(code)
+    assert "dittune.kernels.diagonal_columns.api" in loaded
+    assert not [name for name in loaded if not name.startswith(("dittune", "__main__"))], loaded
+
+
+def test_everything_public_can_be_imported_and_is_listed():
+    code = (
+        "import dittune; print(*(f'{n}:{getattr(dittune, n).__name__}' for n in sorted({}) if {}))"
+    )
+    code = code.format("dittune.__all__", "n != '__version__'")
+    names = dict(entry.split(":") for entry in run(code))
+    assert {"attach", "Pipeline", "SoftPAG", "HeadSet", "Method", "checkpoint"} <= set(names)
+    assert all(name == found for name, found in names.items())
+    assert run("import dittune; print(*dir(dittune))") >= sorted(names)
 
 
 @pytest.mark.slow

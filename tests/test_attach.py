@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.callbacks import PipelineCallback
 
 import dittune
-from dittune.errors import SelectionError, UnsupportedModelError
+from dittune.errors import SeamError, SelectionError, UnsupportedModelError
 from dittune.method import Method
 from tests.tiny import latents, sd3, sd35
 
@@ -95,6 +95,66 @@ def test_a_callback_object_of_diffusers():
         assert torch.equal(latents(pipe, **settings), plain)
 
 
+def test_an_empty_list_of_tensor_inputs_stays_empty():
+    pipe, seen = sd3(), []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tensors)
+        return {}
+
+    with dittune.attach(pipe, steered(), Shift()):
+        latents(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[])
+    assert seen == [{}, {}]
+
+
+def test_a_callback_may_not_start_a_second_generation_of_the_same_pipeline():
+    pipe = sd3()
+    plain = latents(pipe)
+    with dittune.attach(pipe, steered()):
+        with pytest.raises(SeamError, match="one generation at a time"):
+            latents(pipe, callback_on_step_end=lambda pipe, *_: latents(pipe))
+        assert not torch.equal(latents(pipe), plain)  # the failed one has left nothing behind
+
+
+def test_interrupting_and_detaching_from_a_callback():
+    pipe = sd3()
+    plain = latents(pipe, steps=3)
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return {}
+
+    with dittune.attach(pipe, steered()) as handle:
+        latents(pipe, steps=3, callback_on_step_end=stop)
+        assert handle.report()["softpag"]["perturbed_passes"] == 1
+
+    def detach(pipe, step, timestep, tensors):
+        handle.detach()
+        return {}
+
+    handle = dittune.attach(pipe, steered())
+    half = latents(pipe, steps=3, callback_on_step_end=detach)
+    assert handle.report()["softpag"]["perturbed_passes"] == 1
+    assert not torch.equal(half, plain)
+    assert torch.equal(latents(pipe, steps=3), plain)
+
+
+def test_steps_are_counted_from_where_image_to_image_begins():
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    pipe = StableDiffusion3Img2ImgPipeline(**sd3().components)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"image": torch.rand(1, 3, 32, 32), "strength": 0.5}
+    plain = latents(pipe, steps=8, **settings)
+    with dittune.attach(pipe, steered(), Shift()) as handle:
+        assert not torch.equal(latents(pipe, steps=8, **settings), plain)
+        assert handle.report()["softpag"]["perturbed_passes"] == 4
+        assert handle.report()["test_attach"]["steps"] == [0, 1, 2, 3]
+    with dittune.attach(pipe, dittune.SoftPAG(heads="0:0", start=0.5)) as handle:
+        latents(pipe, steps=8, **settings)
+        assert handle.report()["softpag"]["perturbed_passes"] == 2
+
+
 def add_lora(pipe):
     from peft import LoraConfig
 
@@ -116,6 +176,29 @@ def test_lora_before_and_after():
         add_lora(after)
         assert torch.equal(latents(after), wanted)
     assert (wanted - without).abs().max() > 1e-3
+
+
+def test_lora_from_a_file_loaded_fused_and_unloaded_while_attached(tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    source = sd3()
+    add_lora(source)
+    weights = get_peft_model_state_dict(source.transformer)
+    source.save_lora_weights(tmp_path, transformer_lora_layers=weights)
+    before, after = sd3(), sd3()
+    without = both(after)[1]
+    before.load_lora_weights(tmp_path)
+    with dittune.attach(before, steered()):
+        wanted = latents(before)
+    assert (wanted - without).abs().max() > 1e-3
+    with dittune.attach(after, steered()):
+        after.load_lora_weights(tmp_path)
+        assert torch.equal(latents(after), wanted)
+        after.fuse_lora()
+        torch.testing.assert_close(latents(after), wanted, atol=1e-3, rtol=1e-3)
+        after.unfuse_lora()
+        after.unload_lora_weights()
+        torch.testing.assert_close(latents(after), without, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -142,12 +225,21 @@ def test_offloading_that_wraps_forward(offload_first):
     assert torch.equal(plain, latents(sd3()))
 
 
-@pytest.mark.gpu
-def test_model_cpu_offload():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_model_cpu_offload(device, offload_first):
     pipe = sd3()
-    pipe.enable_model_cpu_offload()
-    plain, attached = both(pipe)
-    assert not torch.equal(plain, attached)
+    plain, wanted = both(pipe)
+    if offload_first:
+        pipe.enable_model_cpu_offload(device=device)
+    with dittune.attach(pipe, steered()):
+        if not offload_first:
+            pipe.enable_model_cpu_offload(device=device)
+        assert hasattr(pipe.transformer, "_hf_hook")
+        close = {"atol": 0, "rtol": 0} if device == "cpu" else {"atol": 1e-2, "rtol": 1e-2}
+        torch.testing.assert_close(latents(pipe).cpu(), wanted, **close)
+    torch.testing.assert_close(latents(pipe).cpu(), plain, **close)
+    pipe.remove_all_hooks()
 
 
 def test_group_offload():
@@ -175,6 +267,9 @@ def test_a_bare_denoiser():
             steered_output = model(**inputs).sample
             as_tuple = model(*inputs.values(), return_dict=False)[0]  # their order is forward's
             assert handle.report()["softpag"]["perturbed_passes"] == 1
+            one = {**inputs, "timestep": torch.tensor([500.0])}  # for both rows
+            each = {**inputs, "timestep": torch.tensor([500.0, 500.0])}
+            torch.testing.assert_close(model(**one).sample, model(**each).sample)
         assert torch.equal(model(**inputs).sample, plain)
     assert torch.equal(as_tuple, steered_output)
     assert (steered_output - plain).abs().max() > 1e-3

@@ -23,7 +23,9 @@ def test_selection():
     assert heads.at(SITES[1]) == [0, 1, 2, 3] and heads.at(SITES[2]) == [0, 1]
 
 
-@pytest.mark.parametrize("text", ["2", "2:", ":1", "a:b", "2:1;3:0", "-1:0", "1:2:3", "2.0:1"])
+@pytest.mark.parametrize(
+    "text", ["2", "2:", ":1", "a:b", "2:1;3:0", "-1:0", "1:2:3", "2.0:1", "²:1", "*:1"]
+)
 def test_unreadable(text):
     with pytest.raises(ConfigError, match="layer:head"):
         HeadSet(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from dittune.method import Method
 from dittune.samples.shapes import models
 
 WIDTH, LAYERS, HEADS = 64, 3, 2
@@ -47,6 +48,13 @@ def sd3(**transformer_changes) -> StableDiffusion3Pipeline:
 def sd35() -> StableDiffusion3Pipeline:
     """A tiny SD3.5-medium: the first two blocks have an image-only self attention as well."""
     return sd3(dual_attention_layers=(0, 1))
+
+
+class Nothing(Method):
+    """Present at every site, changes nothing."""
+
+    def attend(self, call, proceed):
+        return proceed(call)
 
 
 FAMILIES = {"sd3": sd3, "sd3.5": sd35}

@@ -39,12 +39,12 @@ def explicit(query, key, value, chosen, u, rows, cols, image, scale=None):
     return out
 
 
-def make_call(grid, text, roles, method, chosen, text_first=False, scale=None, spy=None):
-    image = grid[1] * grid[2]
+def make_call(grid, text, roles, method, text_first=False, scale=None, spy=None, heads=3, size=1):
+    image = grid[0] * grid[1] * grid[2]
     total = image + text
     generator = torch.Generator().manual_seed(7)
     query, key, value = (
-        torch.randn(len(roles), HEADS, total, 5, dtype=torch.float64, generator=generator)
+        torch.randn(size * len(roles), heads, total, 5, dtype=torch.float64, generator=generator)
         for _ in range(3)
     )
     layout = TokenLayout((text, total), (0, text), grid)
@@ -58,7 +58,7 @@ def make_call(grid, text, roles, method, chosen, text_first=False, scale=None, s
             call.query, call.key, call.value, **call.options
         )
 
-    site = Site(0, "joint", "block", HEADS)
+    site = Site(0, "joint", "block", heads)
     options = {} if scale is None else {"scale": scale}
     roles = tuple(method if role == "softpag" else role for role in roles)
     state = method.site_state(site, torch.device("cpu"))
@@ -81,28 +81,45 @@ def test_equals_the_explicit_map_in_float64(grid, text, text_first, chosen, rows
     method = dittune.SoftPAG(heads=heads, u=u, rows=rows, cols=cols)
     for scale in (None, 0.7):
         call = make_call(
-            grid, text, ["uncond", "cond", "softpag"], method, chosen, text_first, scale
+            grid, text, ["uncond", "cond", "softpag"], method, text_first, scale, size=2
         )
         out = method.attend(call, proceed)
         plain = proceed(call)
-        assert torch.equal(out[:2], plain[:2]) or (out[:2] - plain[:2]).abs().max() < 1e-12
+        assert (out[:4] - plain[:4]).abs().max() < 1e-12
         wanted = explicit(
-            call.query[2:], call.key[2:], call.value[2:], chosen, u, rows, cols, call.layout.image,
+            call.query[4:], call.key[4:], call.value[4:], chosen, u, rows, cols, call.layout.image,
             scale,
         )  # fmt: skip
-        assert (out[2:] - wanted).abs().max() < 1e-10
+        assert (out[4:] - wanted).abs().max() < 1e-10
+        assert (out[4:] - plain[4:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("u", [0.3, 1.0])
+@pytest.mark.parametrize(("rows", "cols"), [("all", "all"), ("image", "all"), ("image", "image")])
+def test_one_head_and_any_place_in_the_batch(rows, cols, u):
+    method = dittune.SoftPAG(heads="0:0", u=u, rows=rows, cols=cols)
+    for roles in (["softpag"], ["softpag", "cond"], ["uncond", "softpag", "cond"]):
+        call = make_call((1, 2, 3), 5, roles, method, heads=1, size=3)
+        out, wanted = method.attend(call, proceed), proceed(call)
+        first, last = call.chunk_of(method)
+        assert last - first == 3
+        wanted[first:last] = explicit(
+            call.query[first:last], call.key[first:last], call.value[first:last],
+            [0], u, rows, cols, call.layout.image,
+        )  # fmt: skip
+        assert (out - wanted).abs().max() < 1e-10
 
 
 def test_at_full_strength_chosen_heads_compute_no_attention():
     method = dittune.SoftPAG(heads="0:0,0:2", u=1.0)
     spy = []
-    call = make_call((1, 3, 3), 2, ["cond", "softpag"], method, [0, 2], spy=spy)
+    call = make_call((1, 3, 3), 2, ["cond", "softpag"], method, spy=spy)
     out = method.attend(call, proceed)
     assert sorted(shape[1] for shape in spy) == [1, HEADS]  # the kept head; the plain rows
     assert torch.equal(out[1, [0, 2]], call.value[1, [0, 2]])
     every = dittune.SoftPAG(heads="0:*", u=1.0)
     spy.clear()
-    call = make_call((1, 3, 3), 2, ["softpag"], every, [0, 1, 2], spy=spy)
+    call = make_call((1, 3, 3), 2, ["softpag"], every, spy=spy)
     assert torch.equal(every.attend(call, proceed), call.value) and not spy
 
 
@@ -110,7 +127,7 @@ def test_affine_in_u():
     outs = []
     for u in (0.2, 0.5, 0.8):
         method = dittune.SoftPAG(heads="0:1", u=u)
-        outs.append(method.attend(make_call((1, 2, 3), 3, ["softpag"], method, [1]), proceed))
+        outs.append(method.attend(make_call((1, 2, 3), 3, ["softpag"], method), proceed))
     torch.testing.assert_close(outs[1], (outs[0] + outs[2]) / 2)
 
 
@@ -234,11 +251,46 @@ def test_skip_layer_guidance_of_the_pipeline_still_works():
     pipe = sd3()
     settings = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "steps": 4}
     settings["skip_layer_guidance_stop"] = 1.0
-    skipping = latents(pipe, **settings)
-    assert not torch.equal(skipping, latents(pipe, steps=4))
+    plain, skipping = latents(pipe, steps=4), latents(pipe, **settings)
+    assert not torch.equal(skipping, plain)
     with dittune.attach(pipe, dittune.SoftPAG(heads="0:1")) as handle:
         assert not torch.equal(latents(pipe, **settings), skipping)
         assert handle.report()["softpag"]["perturbed_passes"] == 4
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_skip_layer_guidance_adds_its_own_term(batched):
+    """`cfg + s (cond - skip) + w (cond - perturbed)`: our term is in `cond` and in `skip` alike.
+
+    A recording of the velocities that the scheduler is given: with both methods, without either.
+    """
+    pipe = sd3()
+    settings = {"skip_guidance_layers": [1], "skip_layer_guidance_scale": 1.7, "steps": 2}
+    settings |= {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    begin = torch.randn(1, 4, 8, 8)
+
+    def velocity(*methods, **settings):
+        """That of the second step (the pipeline never skips in the first), from equal latents."""
+        given = []
+        step = pipe.scheduler.step
+
+        def record(model_output, timestep, sample, **kwargs):
+            given.append(model_output)
+            return begin, *step(model_output, timestep, sample, **kwargs)[1:]
+
+        pipe.scheduler.step = record
+        try:
+            with dittune.attach(pipe, *methods):
+                latents(pipe, **settings)
+        finally:
+            del pipe.scheduler.step
+        return given[1]
+
+    method = dittune.SoftPAG(heads="0:1,2:0", scale=2.0, u=0.6, batched=batched)
+    plain, skipping = velocity(steps=2), velocity(**settings)
+    steered, together = velocity(method, steps=2), velocity(method, **settings)
+    assert (skipping - plain).abs().max() > 1e-2 and (steered - plain).abs().max() > 1e-2
+    torch.testing.assert_close(together, skipping + steered - plain, atol=1e-4, rtol=1e-4)
 
 
 def test_the_image_only_attention_of_sd35_has_layers_of_its_own():
@@ -256,6 +308,8 @@ def test_the_image_only_attention_of_sd35_has_layers_of_its_own():
     ("settings", "match"),
     [
         ({"u": 1.5}, r"u is in \[0, 1\], got 1.5"),
+        ({"u": float("nan")}, r"u is in \[0, 1\], got nan"),
+        ({"scale": float("inf")}, "scale is a finite number, got inf"),
         ({"heads": "1-2"}, "layer:head,layer:head"),
         ({"rows": "text"}, "rows is 'all' or 'image'"),
         ({"cols": "image"}, "needs rows='image'"),

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from dittune.pipelines import cli
@@ -198,6 +200,53 @@ def test_bad_models_and_folders(dittune, saved, tmp_path):
     assert code == 2 and "no prompt" in err
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     fails("carries no dittune record", "--from", tmp_path / "bare.png")
+
+
+def test_damaged_models_and_too_little_memory_are_one_line(dittune, model, tmp_path, monkeypatch):
+    def fails(match):
+        out = tmp_path / "out"
+        arguments = ["--model", model, "--size", "16", "--steps", "1", "--out", out]
+        code, printed, err = dittune("generate", "a red circle", *arguments)
+        (line,) = err.splitlines()  # not even the seed that was drawn comes before it
+        assert code == 2 and not printed and line.startswith("error: ") and match in line
+        assert not pictures(out)
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion3Pipeline, "encode_prompt", no_memory)
+        fails("out of memory; lower the number of images")
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    fails("is truncated or damaged")
+    weights.write_bytes(whole)
+    weights.rename(weights.with_suffix(".bin"))
+    fails("is a pickle")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\\\\${y}", "${", "${oc.env:HOME}", "1e100", "2:1", "null", "'\""]
+)
+def test_awkward_prompts_survive_the_command_line_and_yaml(dittune, tmp_path, prompt):
+    code, out, _ = dittune("generate", prompt, "--dry-run")
+    assert code == 0
+    path = tmp_path / "run.yaml"
+    path.write_text(out, encoding="utf-8")
+    assert json.loads(dittune("config", "show", path, "--json")[1])["prompts"] == [prompt]
+
+
+def test_a_method_that_is_no_name(dittune, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("methods: {mine: {method: 5}}\n")
+    code, _, err = dittune("config", "validate", path)
+    assert code == 2 and err == "error: method mine: method is the name of one, got 5\n"
+
+
+def test_without_a_command_there_is_help_and_no_empty_error(dittune):
+    code, out, err = dittune()
+    assert code == 2 and "generate" in out + err and "error:" not in err
 
 
 def test_grid_places_pictures_and_labels():

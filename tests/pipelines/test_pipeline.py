@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 import dittune
-from dittune.errors import CheckpointError, ConfigError, DittuneError
+from dittune.errors import CheckpointError, ConfigError, DittuneError, UnsupportedModelError
 
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "progress": False}
 
@@ -51,17 +51,25 @@ def test_each_image_of_a_call_has_a_seed_of_its_own(saved):
         ({"height": 136}, "height must be a multiple of 8 from 8 to 128, got 136"),
         ({"seed": [1, 2]}, "expected 1 seeds, one an image, got 2"),
         ({"seed": 1, "generator": torch.Generator()}, "either seed or generator"),
+        ({"seed": 2**64}, "seeds are from 0 to"),
+        ({"seed": -1}, "seeds are from 0 to"),
+        ({"prompt": []}, "the list of prompts is empty"),
     ],
 )
 def test_bad_arguments(saved, arguments, match):
     pipe = dittune.Pipeline.from_pretrained(str(saved))
     with pytest.raises(ConfigError, match=match):
-        pipe("a red circle", **{**SMALL, **arguments})
+        pipe(**{"prompt": "a red circle", **SMALL, **arguments})
 
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    [
+        torch.OutOfMemoryError("CUDA"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    ],
 )
 def test_out_of_memory_says_what_to_lower(saved, error):
     pipe = dittune.Pipeline.from_pretrained(str(saved))
@@ -72,6 +80,30 @@ def test_out_of_memory_says_what_to_lower(saved, error):
     pipe.pipe.transformer.register_forward_pre_hook(fail)
     with pytest.raises(DittuneError, match="lower the number of images"):
         pipe("a red circle", **SMALL)
+
+
+def test_out_of_memory_while_loading(saved, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "to", fail)
+    with pytest.raises(DittuneError, match=r"out of memory while loading .*tiny-sd3; choose"):
+        dittune.Pipeline.from_pretrained(str(saved))
+
+
+def test_a_model_without_known_denoiser(saved):
+    pipe = dittune.Pipeline.from_pretrained(str(saved))
+    pipe.pipe.transformer = None
+    with pytest.raises(UnsupportedModelError, match="model families"):
+        pipe("a red circle", **SMALL)
+
+
+def test_torch_and_numpy_values_are_understood(saved):
+    pipe = dittune.Pipeline.from_pretrained(
+        str(saved), device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    assert pipe.pipe.dtype == torch.bfloat16
+    assert pipe("a red circle", seed=np.int64(5), **SMALL).record["seeds"] == [5]
 
 
 def test_other_errors_are_not_hidden(saved):
