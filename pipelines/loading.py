@@ -53,7 +53,11 @@ def locate(name_or_path: str) -> str:
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{name_or_path} is no diffusers pipeline: no model_index.json")
     for path in sorted(folder.rglob("*")):
-        if path.suffix in PICKLES and not list(path.parent.glob("*.safetensors")):
+        if (
+            path.parent != folder
+            and path.suffix in PICKLES
+            and not list(path.parent.glob("*.safetensors"))
+        ):
             raise CheckpointError(
                 f"{path.parent.name}/{path.name} is a pickle, which can run code when loaded; "
                 "only safetensors are loaded: save the model again with safe_serialization=True"

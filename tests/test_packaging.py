@@ -1,5 +1,7 @@
 """The wheel: one top-level name, samples and checkpoints inside, an image in a clean folder."""
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,13 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("dittune", "kernels", "pipelines", "samples")
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
+    """Built from a copy: what an earlier build has left behind must not get into it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(source)]
+    if importlib.util.find_spec("setuptools"):
+        command.append("--no-isolation")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
@@ -25,6 +35,12 @@ def test_contents(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dittune"}
     checkpoint = "dittune/samples/checkpoints/shapes-sd3/"
+    modules = {
+        ("dittune/" if folder != "dittune" else "") + path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert modules == {name for name in names if name.endswith(".py")}
     for wanted in (
         "dittune/pipelines/cli.py",
         "dittune/samples/shapes/world.py",
