@@ -1,5 +1,7 @@
 """`attach` works with what people do with their pipelines, and says why where it does not."""
 
+from dataclasses import dataclass
+
 import accelerate
 import pytest
 import torch
@@ -9,7 +11,7 @@ from diffusers.callbacks import PipelineCallback
 import dittune
 from dittune.errors import SeamError, SelectionError, UnsupportedModelError
 from dittune.method import Method
-from tests.tiny import latents, sd3, sd35
+from tests.tiny import LAYERS, latents, sd3, sd35
 
 
 def steered():
@@ -93,6 +95,40 @@ def test_a_callback_object_of_diffusers():
         assert not torch.equal(latents(pipe, **settings), latents(pipe, steps=3))
     with dittune.attach(pipe, Shift(start=1.0)):
         assert torch.equal(latents(pipe, **settings), plain)
+
+
+def test_what_a_method_did_to_the_latents_stays_if_the_callback_returns_none():
+    pipe = sd3()
+    with dittune.attach(pipe, Shift()):
+        wanted = latents(pipe)
+        assert torch.equal(latents(pipe, callback_on_step_end=lambda *_: {}), wanted)
+        assert torch.equal(latents(pipe, callback_on_step_end=lambda *_: None), wanted)
+    assert not torch.equal(latents(pipe), wanted)
+
+
+def test_start_and_stop_limit_all_three_places_where_a_method_acts():
+    seen = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watch(Method):
+        words: list  # a method need not be hashable
+
+        def attend(self, call, proceed):
+            seen.append("attend")
+            return proceed(call)
+
+        def around_model(self, inputs, model):
+            seen.append(f"step {inputs.run.step} of {inputs.run.num_steps}")
+            return model(inputs)
+
+        def on_step(self, run, z):
+            seen.append(f"end {run.step}")
+            return z
+
+    with dittune.attach(pipe := sd3(), Watch(words=["red"], start=0.25, stop=0.75)):
+        latents(pipe, steps=4)
+    attends = ["attend"] * LAYERS
+    assert seen == ["step 1 of 4", *attends, "end 1", "step 2 of 4", *attends, "end 2"]
 
 
 def test_an_empty_list_of_tensor_inputs_stays_empty():

@@ -3,12 +3,14 @@
 import copy
 import inspect
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers.models import attention_processor
 
 import dittune
+from dittune import seam
 from dittune.errors import AlreadyAttachedError, SeamError
 from dittune.method import Method
 from tests.tiny import FAMILIES, Nothing, latents, sd3
@@ -101,8 +103,12 @@ def test_attention_slicing_after_attaching_is_an_error():
     assert type(pipe.transformer) is before
 
 
-def test_processors_that_fusing_has_put_aside_and_back_work_again():
+@pytest.mark.parametrize("has_source", [True, False])
+def test_processors_that_fusing_has_put_aside_and_back_work_again(has_source, monkeypatch):
     """`unfuse_qkv_projections` puts back what was there at `fuse`, even if that was ours."""
+    monkeypatch.setattr(seam, "processor_class", seam.processor_class.__wrapped__)  # no cache
+    if not has_source:
+        monkeypatch.setattr(inspect, "getsource", Mock(side_effect=OSError))
     pipe = sd3()
     plain = latents(pipe)
     with dittune.attach(pipe, dittune.SoftPAG(heads="1:0")):
@@ -166,6 +172,7 @@ def test_copies_and_pickles_are_not_attached(tmp_path):
     for model in copies:
         assert type(model) is stock_model
         assert type(model.transformer_blocks[0].attn.processor) is stock_processor
+        assert not vars(model.transformer_blocks[0].attn.processor)
         pipe.transformer = model.eval()
         assert torch.equal(latents(pipe), plain)
 
