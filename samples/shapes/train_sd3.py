@@ -22,7 +22,7 @@ from dittune.method import Method
 from dittune.models import sd3
 from dittune.run import Run
 from dittune.samples.shapes import data, loss_curve, models
-from dittune.samples.shapes.trainer import Trainer
+from dittune.samples.shapes.trainer import Trainer, processes
 from dittune.seam import Link, make_processor, stock_attention
 
 T5_TOKENS = 256  # without T5, StableDiffusion3Pipeline appends this many zero vectors to the text
@@ -121,10 +121,12 @@ def train(work: Path, steps: int, init: Path | None = None, batch: int = 64) -> 
         _load_weights(bundle, init)
     compiled = torch.compile(bundle)
     generator = torch.Generator()
+    rank, world_size = processes()
+    batch //= world_size
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng((5, step))
-        generator.manual_seed(step)
+        rng = np.random.default_rng((5, step, rank))
+        generator.manual_seed(step * world_size + rank)
         latents, texts, labels = scenes.batch(batch, rng)
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noise = torch.randn(latents.shape, generator=generator)
