@@ -20,12 +20,15 @@ MAY_IMPORT = {
     "dittune/run.py": {"call"},
     "dittune/method.py": {"call", "errors", "run"},
     "dittune/heads.py": {"call", "errors"},
+    "dittune/perturbation.py": {"call", "kernels"},
     "dittune/seam.py": {"call", "errors", "method", "run"},
     "dittune/denoiser.py": {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
     },
     "dittune/attach.py": {"class_swap", "denoiser", "errors", "method", "models", "run"},
-    "dittune/methods/": {"call", "errors", "heads", "kernels", "method", "run"},
+    "dittune/methods/": {
+        "call", "errors", "heads", "kernels", "method", "perturbation", "run",
+    },
     "dittune/models/": {"call", "errors"},
     "kernels/": {"kernels"},
 }  # fmt: skip

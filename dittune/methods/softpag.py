@@ -1,10 +1,11 @@
 """SoftPAG: guide away from a prediction made with some attention heads perturbed.
 
-In an extra pass over the conditional rows the map `A` of each chosen head becomes `(1-u) A + u I`,
-and the difference to the undisturbed prediction, times `scale`, is added to the result.
+In an extra pass over the conditional rows the map `A` of each chosen head becomes `(1-u) A + u P`,
+with `P` the identity or another perturbation, and the difference to the undisturbed prediction,
+times `scale`, is added to the result.
 
 Source: "Fine-Grained Perturbation Guidance via Attention Head Selection" (arXiv 2506.10978),
-section 3 (HeadHunter and SoftPAG); the identity perturbation is that of PAG (arXiv 2403.17377).
+section 3 (HeadHunter and SoftPAG).
 """
 
 from __future__ import annotations
@@ -19,14 +20,26 @@ import torch
 from dittune.call import AttnCall, Site
 from dittune.errors import ConfigError, SelectionError
 from dittune.heads import HeadSet
-from dittune.kernels.diagonal_columns import diagonal_columns_attention
 from dittune.method import Method
+from dittune.perturbation import (
+    argmax,
+    blurred_query,
+    identity,
+    mean_query,
+    self_and_text,
+    temperature,
+    uniform,
+)
 from dittune.run import ModelInputs, Run
+
+PERTURBATIONS = ("identity", "uniform", "mean_query", "blurred_query", "argmax", "temperature")
+KINDS = ("joint", "self", "cross")
 
 
 class _Heads(NamedTuple):
     chosen: torch.Tensor  # int64 head numbers
     kept: torch.Tensor
+    order: torch.Tensor  # of the heads in `cat([chosen, kept])`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +48,19 @@ class SoftPAG(Method):
 
     Args:
         heads: `layer:head,layer:head`; `layer:*` is all heads of a layer, which is PAG.
-        u: strength of the perturbation in [0, 1]; 0 leaves the map alone, 1 is the identity.
+        perturbation: what a chosen head's map becomes: `identity` (each token sees itself),
+            `uniform` (all tokens alike), `mean_query` (all rows ask with their mean query),
+            `blurred_query` (image queries blurred on their grid, SEG), `argmax` (only the token
+            seen most), `temperature` (softmax at another temperature).
+        sigma: of `blurred_query`, in tokens; `inf` is the mean query of the image.
+        temperature: of `temperature`; above 1 flatter, below 1 sharper.
+        u: strength of the perturbation in [0, 1]; 0 leaves the map alone, 1 replaces it.
         scale: guidance scale `w`; the prediction becomes `pred + w (cond - perturbed)`.
         rows: which queries are perturbed: `all` tokens, or `image` tokens only.
         cols: which keys the identity replaces: `all`, or `image` only, so that an image token keeps
             its attention to the text and to itself (diffusers' own SD3 PAG); needs `rows="image"`.
-        kind: kind of attention site the layers are counted in, `joint` or `self`; empty picks the
-            one that the model has, joint first.
+        kind: kind of attention site the layers are counted in, `joint`, `self` or `cross` (not with
+            `identity`); empty is joint where the model has it, else self.
         batched: make the perturbed pass part of the same denoiser call. None: yes, unless that runs
             out of memory, then a call of its own for the rest of the generation.
 
@@ -51,7 +70,10 @@ class SoftPAG(Method):
     """
 
     heads: str = ""
+    perturbation: str = "identity"
     u: float = 1.0
+    sigma: float = 2.0
+    temperature: float = 4.0
     scale: float = 3.0
     rows: str = "all"
     cols: str = "all"
@@ -70,10 +92,25 @@ class SoftPAG(Method):
                 raise ConfigError(
                     f"softpag: {name} is 'all' or 'image', got {getattr(self, name)!r}"
                 )
-        if self.cols == "image" and self.rows == "all":
-            raise ConfigError("softpag: cols='image' needs rows='image'")
-        if self.kind not in ("", "joint", "self"):
-            raise ConfigError(f"softpag: kind is 'joint', 'self' or empty, got {self.kind!r}")
+        if self.perturbation not in PERTURBATIONS:
+            raise ConfigError(
+                f"softpag: perturbation is one of {', '.join(PERTURBATIONS)}; "
+                f"got {self.perturbation!r}"
+            )
+        if self.cols == "image" and (self.rows == "all" or self.perturbation != "identity"):
+            raise ConfigError("softpag: cols='image' needs rows='image' and the identity")
+        for name in ("sigma", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"softpag: {name} is above 0, got {getattr(self, name)}")
+        if math.isinf(self.temperature):
+            raise ConfigError("softpag: temperature is finite; for its limit use 'uniform'")
+        if self.kind not in ("", *KINDS):
+            raise ConfigError(f"softpag: kind is one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind == "cross" and self.perturbation == "identity":
+            raise ConfigError(
+                "softpag: the identity needs as many keys as queries, which cross attention has "
+                "not; choose another perturbation"
+            )
 
     @property
     def is_neutral(self) -> bool:
@@ -92,9 +129,8 @@ class SoftPAG(Method):
     def site_state(self, site: Site, device: torch.device) -> _Heads:
         chosen = HeadSet(self.heads).at(site)
         kept = [head for head in range(site.heads) if head not in chosen]
-        return _Heads(
-            *(torch.tensor(part, dtype=torch.long, device=device) for part in (chosen, kept))
-        )
+        order = torch.tensor(chosen + kept).argsort()
+        return _Heads(*(torch.as_tensor(x, device=device).long() for x in (chosen, kept, order)))
 
     def around_model(
         self, inputs: ModelInputs, model: Callable[[ModelInputs], torch.Tensor]
@@ -136,19 +172,15 @@ class SoftPAG(Method):
         return torch.cat(parts)
 
     def _perturb(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
-        """`(1-u) A V + u P V` on the chosen heads, without a map: with `P = I`, `P V` is `V`."""
-        chosen, kept = call.state
-        whole = self.rows == "all"
-        if whole and self.u == 1.0:
+        """`(1-u) A V + u P V` on the chosen heads, without forming a map."""
+        chosen, kept, order = call.state
+        goal = self._goal(call.take_heads(chosen), proceed)
+        if self.rows == "all" and self.u == 1.0:
             if kept.numel() == 0:
-                return call.value
-            return call.value.index_copy(1, kept, proceed(call.take_heads(kept)))
+                return goal
+            return torch.cat([goal, proceed(call.take_heads(kept))], 1).index_select(1, order)
         out = proceed(call)
-        first, last = (0, call.query.shape[2]) if whole else call.layout.image
-        if self.cols == "image":
-            goal = _self_and_text(call.take_heads(chosen))
-        else:
-            goal = call.value.index_select(1, chosen)[:, :, first:last]
+        first, last = self._rows(call)
         mixed = out.index_select(1, chosen)
         mixed = torch.cat(
             [
@@ -160,6 +192,28 @@ class SoftPAG(Method):
         )
         return out.index_copy(1, chosen, mixed)
 
+    def _rows(self, call: AttnCall) -> tuple[int, int]:
+        return call.layout.image if self.rows == "image" else (0, call.query.shape[2])
+
+    def _goal(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
+        """What perturbed heads put out at `u = 1` in the perturbed rows, `[B, H, rows, D]`."""
+        rows = self._rows(call)
+        if self.cols == "image":
+            return self_and_text(call)
+        if self.perturbation == "uniform":
+            goal = uniform(call, proceed)
+        elif self.perturbation == "mean_query":
+            goal = mean_query(call, rows, proceed)
+        elif self.perturbation == "blurred_query":
+            goal = blurred_query(call, self.sigma, proceed)
+        elif self.perturbation == "temperature":
+            goal = temperature(call, self.temperature, proceed)
+        elif self.perturbation == "argmax":
+            goal = argmax(call)
+        else:
+            goal = identity(call)
+        return goal[:, :, slice(*rows)]
+
     def report(self, run: Run) -> dict[str, Any]:
         memory = run.memory(self)
         calls = getattr(memory, "calls", 0)
@@ -168,16 +222,3 @@ class SoftPAG(Method):
             "perturbed_passes": calls,
             "batched": bool(calls) and not memory.separate,
         }
-
-
-def _self_and_text(call: AttnCall) -> torch.Tensor:
-    """Image rows attend to themselves and the text only, `[B, H, image, D]`."""
-    image, text = slice(*call.layout.image), slice(*call.layout.text)
-    return diagonal_columns_attention(
-        call.query[:, :, image],
-        call.key[:, :, image],
-        call.value[:, :, image],
-        call.key[:, :, text],
-        call.value[:, :, text],
-        call.options.get("scale"),
-    )
