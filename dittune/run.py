@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,10 @@ class ModelInputs:
             return tensor[self.rows(role, tensor.shape[0])]
 
         return replace(self, kwargs=self._map(take), roles=(role if named is None else named,))
+
+    def take(self, rows: Sequence[int]) -> ModelInputs:
+        """The call with some rows of the batch only, as many of every role."""
+        return replace(self, kwargs=self._map(lambda tensor: tensor[rows]))
 
     def plus(self, role: Role, like: Role) -> ModelInputs:
         """The call with one more chunk at the end, a copy of the rows of `like`."""

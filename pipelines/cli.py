@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from dittune.pipelines.cli_options import (
+    ConfigFile,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Methods,
+    Model,
+    Sets,
+    Steps,
+    emit,
+    read_prompts,
+    resolve_flags,
+    say,
+)
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -25,26 +40,6 @@ config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=
 bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
-
-Model = Annotated[str | None, typer.Option(help="bundled name, local folder or hub id")]
-Methods = Annotated[list[str] | None, typer.Option("--method", help="NAME or LABEL=NAME")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="METHOD.FIELD=VALUE")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-Steps = Annotated[int | None, typer.Option(help="denoising steps")]
-Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; 1 is off")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16")]
-
-
-def say(text: str) -> None:
-    """To standard error: standard output carries results only."""
-    print(text, file=sys.stderr)
-
-
-def emit(document: Any) -> None:
-    """The one JSON document of a command."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -74,8 +69,8 @@ def generate(
 
     flags = {"model": model, "negative_prompt": negative_prompt, "seed": seed, "size": size}
     flags |= {"num_images": num_images, "steps": steps, "guidance_scale": guidance_scale}
-    flags |= {"device": device, "dtype": dtype, "prompts": _prompts(prompt, prompts_file)}
-    resolved = _resolve(config, from_, flags, method, set_)
+    flags |= {"device": device, "dtype": dtype, "prompts": read_prompts(prompt, prompts_file)}
+    resolved = resolve_flags(config, from_, flags, method, set_)
     if dry_run:
         generation.check(resolved)
         emit(vars(resolved)) if as_json else print(write_yaml(resolved), end="")
@@ -95,38 +90,6 @@ def generate(
             print(job.path)
     if as_json:
         emit({"images": made, "skipped": total - len(todo)})
-
-
-def _prompts(prompt: str | None, prompts_file: Path | None) -> list[str] | None:
-    from dittune.errors import ConfigError
-
-    if prompts_file is None:
-        return None if prompt is None else [prompt]
-    if prompt is not None:
-        raise ConfigError("give either a prompt or --prompts-file, not both")
-    try:
-        lines = prompts_file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read prompts from {prompts_file}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _resolve(config: Path | None, source: Path | None, flags: dict, method, set_):
-    from dittune.config import read_yaml, resolve
-
-    content: dict[str, Any] = {}
-    if source is not None:
-        from dittune.pipelines import generate as generation
-
-        content, warnings = generation.recorded(source)
-        for warning in warnings:
-            say(f"warning: {warning}")
-    if config is not None:
-        content |= read_yaml(config)
-    content |= {key: value for key, value in flags.items() if value is not None}
-    if source is not None:
-        generation.check_recorded_model(content.get("model"))
-    return resolve(content, method or (), set_ or ())
 
 
 @app.command("eval")
@@ -154,9 +117,53 @@ def evaluate(
     flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype}
     labels = list(dict.fromkeys(method or ["none"]))
-    resolved = _resolve(config, None, flags, [m for m in labels if m != "none"], set_)
+    resolved = resolve_flags(config, None, flags, [m for m in labels if m != "none"], set_)
     table, document = eval_command(resolved, labels, prompts, seeds, limit, batch, out)
     emit(document) if as_json else print(table)
+
+
+@app.command()
+def headhunt(
+    objective: Annotated[
+        str,
+        typer.Option(help="shapes, warm, large, white, clip, pickscore, hpsv2 or MODULE:FUNCTION"),
+    ] = "shapes",
+    objective_model: Annotated[str | None, typer.Option(help="its weights: folder, hub id")] = None,
+    prompts: Annotated[str, typer.Option(help="train, val, or a file")] = "val",
+    limit: Annotated[int | None, typer.Option(min=1, help="use this many prompts")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="how often heads are added")] = 1,
+    per_round: Annotated[int, typer.Option(min=1, help="heads added in a round")] = 3,
+    halving: Annotated[bool, typer.Option(help="drop hopeless heads early")] = False,
+    model: Model = None,
+    set_: Sets = None,
+    config: ConfigFile = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = 1.0,
+    batch: Annotated[int, typer.Option(min=1, help="images a call")] = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="YAML with the heads, for --config")] = Path(
+        "outputs/heads.yaml"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Search the heads whose perturbation guides best; run again, it continues."""
+    from dittune.pipelines.headhunt.command import headhunt_command
+
+    flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
+    flags |= {"device": device, "dtype": dtype}
+    resolved = resolve_flags(config, None, flags, ["softpag"], set_)
+    result = headhunt_command(
+        resolved, objective, objective_model, prompts, limit, seeds, rounds, per_round, halving,
+        batch, out,
+    )  # fmt: skip
+    if result is None:  # a further process of `accelerate launch`
+        return
+    if as_json:
+        emit(result)
+    else:
+        print(out)
 
 
 @bench_app.command("attach")
@@ -205,7 +212,7 @@ def config_show(
     """Print the configuration as it would be run."""
     from dittune.config import write_yaml
 
-    resolved = _resolve(config, None, {"model": model}, method, set_)
+    resolved = resolve_flags(config, None, {"model": model}, method, set_)
     emit(vars(resolved)) if as_json else print(write_yaml(resolved), end="")
 
 
@@ -214,7 +221,7 @@ def config_validate(
     config: Annotated[Path, typer.Argument(help="YAML file")], as_json: Json = False
 ) -> None:
     """Check a configuration without running it."""
-    _resolve(config, None, {}, None, None)
+    resolve_flags(config, None, {}, None, None)
     emit({"valid": True, "path": str(config)}) if as_json else print(f"{config}: valid")
 
 
@@ -236,3 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     if code == 130:  # Typer itself makes this of a KeyboardInterrupt
         say("interrupted; run the same command again to continue")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":  # for `accelerate launch -m dittune.pipelines.cli`
+    main()

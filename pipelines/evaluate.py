@@ -7,12 +7,11 @@ is missing there.
 
 from __future__ import annotations
 
-import csv
 import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from dittune.errors import ConfigError
 from dittune.method import Method
 from dittune.pipelines.media import grid
 from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.row_log import RowLog
 from dittune.samples.shapes import score, world
 from dittune.samples.shapes.prompts import PROMPT_SETS, prompt_set
 
@@ -106,7 +106,8 @@ def evaluate(
         All scores, those of an earlier run included.
     """
     out.mkdir(parents=True, exist_ok=True)
-    scores = _read(out / "images.csv")
+    log = RowLog(out / "images.csv", ImageScore)
+    scores = log.read()
     done = {(s.variant, s.prompt, s.seed) for s in scores}
     wanted = [(prompt, seed) for seed in seeds for prompt in prompts]
     todo = {v.label: [w for w in wanted if (v.label, *w) not in done] for v in variants}
@@ -115,7 +116,7 @@ def evaluate(
             pipeline.methods = list(variant.methods)
             for jobs in _chunks(todo[variant.label], batch):
                 new = _score_batch(pipeline, variant, jobs, settings)
-                _append(out / "images.csv", new)
+                log.append(new)
                 scores += new
                 bar.update(len(jobs))
     _write_grid(pipeline, variants, wanted[0][1], prompts, out, settings)
@@ -216,26 +217,6 @@ class PeakMemory:
 def _chunks(items: list, size: int) -> Iterator[list]:
     for i in range(0, len(items), size):
         yield items[i : i + size]
-
-
-def _read(path: Path) -> list[ImageScore]:
-    if not path.exists():
-        return []
-    kinds = {"bool": lambda text: text == "True", "int": int, "float": float, "str": str}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            ImageScore(**{f.name: kinds[f.type](row[f.name]) for f in fields(ImageScore)})
-            for row in csv.DictReader(file)
-        ]
-
-
-def _append(path: Path, scores: Sequence[ImageScore]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(ImageScore)])
-        if new:
-            writer.writeheader()
-        writer.writerows(vars(s) for s in scores)
 
 
 def _write_grid(pipeline, variants, seed: int, prompts, out: Path, settings) -> None:

@@ -153,6 +153,13 @@ class SoftPAG(Method):
             plain = model(inputs)
             perturbed = model(inputs.only("cond", named=self))
         memory.separate = separate
+        return self._guided(inputs, plain, perturbed)
+
+    def _guided(
+        self, inputs: ModelInputs, plain: torch.Tensor, perturbed: torch.Tensor
+    ) -> torch.Tensor:
+        """Add `scale (cond - perturbed)` to the prediction of every role."""
+        memory = inputs.run.memory(self)
         cond = plain[inputs.rows("cond", len(plain))]
         memory.delta = self.scale * (cond - perturbed)
         memory.calls = getattr(memory, "calls", 0) + 1
@@ -220,5 +227,5 @@ class SoftPAG(Method):
         return {
             "heads": len(HeadSet(self.heads)),
             "perturbed_passes": calls,
-            "batched": bool(calls) and not memory.separate,
+            "batched": bool(calls) and not getattr(memory, "separate", True),
         }

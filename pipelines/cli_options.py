@@ -1,0 +1,64 @@
+"""What the commands share: options, reading of prompts and flags, and printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str | None, typer.Option(help="bundled name, local folder or hub id")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="NAME or LABEL=NAME")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="METHOD.FIELD=VALUE")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Steps = Annotated[int | None, typer.Option(help="denoising steps")]
+Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; 1 is off")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16")]
+
+
+def say(text: str) -> None:
+    """To standard error: standard output carries results only."""
+    print(text, file=sys.stderr)
+
+
+def emit(document: Any) -> None:
+    """The one JSON document of a command."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def read_prompts(prompt: str | None, prompts_file: Path | None) -> list[str] | None:
+    """The prompt, or those of a file, one a line."""
+    from dittune.errors import ConfigError
+
+    if prompts_file is None:
+        return None if prompt is None else [prompt]
+    if prompt is not None:
+        raise ConfigError("give either a prompt or --prompts-file, not both")
+    try:
+        lines = prompts_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read prompts from {prompts_file}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def resolve_flags(config: Path | None, source: Path | None, flags: dict, method, set_) -> Any:
+    """The configuration of a file or of a recorded picture, with flags on top."""
+    from dittune.config import read_yaml, resolve
+
+    content: dict[str, Any] = {}
+    if source is not None:
+        from dittune.pipelines import generate as generation
+
+        content, warnings = generation.recorded(source)
+        for warning in warnings:
+            say(f"warning: {warning}")
+    if config is not None:
+        content |= read_yaml(config)
+    content |= {key: value for key, value in flags.items() if value is not None}
+    if source is not None:
+        generation.check_recorded_model(content.get("model"))
+    return resolve(content, method or (), set_ or ())

@@ -1,0 +1,1 @@
+"""HeadHunter: which heads to perturb, found by trying them."""

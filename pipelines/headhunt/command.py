@@ -1,0 +1,158 @@
+"""What `dittune headhunt` does: prompts and settings in, a configuration with heads out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from dittune.config import RunConfig, write_yaml
+from dittune.errors import ConfigError
+from dittune.methods.softpag import KINDS
+from dittune.models import DENOISER_NAMES, facts_for
+from dittune.pipelines.evaluate import load_prompts
+from dittune.pipelines.headhunt import heat_map
+from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_objective
+from dittune.pipelines.headhunt.search import Found, Search, Trial, hunt
+from dittune.pipelines.headhunt.team import Team
+from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.row_log import RowLog
+
+
+def headhunt_command(
+    config: RunConfig,
+    objective: str,
+    objective_model: str | None,
+    prompts: str,
+    limit: int | None,
+    seeds: int,
+    rounds: int,
+    per_round: int,
+    halving: bool,
+    batch: int,
+    out: Path,
+) -> dict[str, Any] | None:
+    """Search, and write `out` (YAML for `--config`), its `.csv` of trials and its `.png` heat map.
+
+    Args:
+        config: model, steps, guidance and the settings of softpag.
+        prompts: a prompt set or a file.
+        limit: take this many prompts.
+        seeds: images a prompt.
+
+    Returns:
+        The document for `--json`; None in all processes but the first.
+
+    Raises:
+        ConfigError: nothing to search, or `out` belongs to another search.
+    """
+    team = Team()
+    texts = _prompts(prompts, limit, objective)
+    method = dict(config.methods["softpag"])
+    method.pop("heads")
+    settings = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    search = Search(
+        rounds=rounds,
+        per_round=per_round,
+        halving=halving,
+        batch=batch,
+        method=method,
+        pipeline=settings,
+    )
+    identity = {
+        "model": config.model,
+        "objective": objective,
+        "objective_model": objective_model,
+        "method": method,
+        "pipeline": settings,
+    }
+    if team.rank == 0:
+        _claim(out, identity)
+    device = config.device
+    if device == "auto" and team.size > 1 and torch.cuda.is_available():
+        device = f"cuda:{team.local_rank}"
+    pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
+    judge = load_objective(objective, objective_model, str(pipeline.pipe.device))
+    heads = head_pool(pipeline, method.get("kind", ""))
+    if rounds * per_round > len(heads):
+        raise ConfigError(
+            f"{rounds} rounds of {per_round} heads need {rounds * per_round} heads, "
+            f"{config.model} has {len(heads)}"
+        )
+    pairs = [(text, seed) for seed in range(seeds) for text in texts]
+    log = out.with_suffix(".csv")
+    found, plain = hunt(pipeline, judge, heads, pairs, search, log, team)
+    if team.rank > 0:
+        return None
+    config.methods = {"softpag": {**config.methods["softpag"], "heads": _joined(found)}}
+    out.write_text(_comment(found, plain, objective) + write_yaml(config), encoding="utf-8")
+    _draw(log, found, plain, objective, out)
+    return {
+        "plain": plain,
+        "heads": [dataclasses.asdict(head) for head in found],
+        "config": vars(config),
+        "pairs": len(pairs),
+        "out": str(out),
+    }
+
+
+def head_pool(pipeline: Pipeline, kind: str) -> list[str]:
+    """All heads of one kind of site, `layer:head`, in execution order."""
+    pipe = pipeline.pipe
+    model = next(getattr(pipe, name) for name in DENOISER_NAMES if getattr(pipe, name, None))
+    sites = facts_for(model).sites(model)
+    kind = kind or next(k for k in KINDS if any(site.kind == k for site in sites))
+    return [f"{s.layer}:{head}" for s in sites if s.kind == kind for head in range(s.heads)]
+
+
+def _prompts(prompts: str, limit: int | None, objective: str) -> list[str]:
+    if objective in SHAPES_OBJECTIVES or not Path(prompts).is_file():
+        return load_prompts(prompts, limit)
+    lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+    texts = [line.strip() for line in lines if line.strip()][:limit]
+    if not texts:
+        raise ConfigError(f"{prompts} holds no prompt")
+    return texts
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """A file of trials belongs to one search: scores of two would not compare."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path, text = out.with_suffix(".search.json"), json.dumps(identity, indent=2)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{path} belongs to a search with other settings; give another --out, or remove it "
+            f"together with {out.with_suffix('.csv')}"
+        )
+    path.write_text(text, encoding="utf-8")
+
+
+def _joined(found: Sequence[Found]) -> str:
+    return ",".join(head.head for head in found)
+
+
+def _comment(found: Sequence[Found], plain: float, objective: str) -> str:
+    lines = [f"# heads found for the objective {objective}; plain model: {plain:.4f}"]
+    lines += [f"# round {f.round}: {f.head} {f.score:.4f}" for f in found]
+    return "\n".join(lines) + "\n"
+
+
+def _draw(log: Path, found: Sequence[Found], plain: float, objective: str, out: Path) -> None:
+    """The first round: every head alone."""
+    rows = []
+    for path in [log, *sorted(log.parent.glob(f"{log.stem}.*{log.suffix}"))]:
+        rows += RowLog(path, Trial).read()
+    alone: dict[str, list[float]] = {}
+    for row in rows:
+        if not row.base and row.head:
+            alone.setdefault(row.head, []).append(row.score)
+    scores = {head: fmean(values) for head, values in alone.items()}
+    title = f"{objective}: each head alone"
+    picture = heat_map.draw(scores, plain, [f.head for f in found], title)
+    picture.save(out.with_suffix(".png"))

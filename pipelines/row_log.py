@@ -1,0 +1,62 @@
+"""Results on disk, one CSV line each, written at once: what a killed command had is kept."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dittune.errors import ConfigError
+
+_READ = {"bool": lambda text: text == "True", "int": int, "float": float, "str": str}
+
+
+class RowLog:
+    """A CSV file of frozen dataclasses whose fields are bool, int, float or str.
+
+    Args:
+        path: made with the first row.
+        row_type: the dataclass.
+    """
+
+    def __init__(self, path: Path, row_type: type):
+        self.path, self.row_type = path, row_type
+        self.types = {f.name: _READ[f.type] for f in fields(row_type)}
+
+    def read(self) -> list[Any]:
+        """All rows; a last line that was cut off by a kill is left out, and removed from the file.
+
+        Raises:
+            ConfigError: the file has other columns: something else wrote it.
+        """
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            with self.path.open("rb+") as file:
+                file.truncate(len(whole))
+        lines = list(csv.reader(whole.decode("utf-8").splitlines()))
+        if lines and lines[0] != list(self.types):
+            raise ConfigError(
+                f"{self.path} has columns {', '.join(lines[0])}, expected {', '.join(self.types)}; "
+                "it was written by another version: move it away"
+            )
+        return [
+            self.row_type(**{k: self.types[k](v) for k, v in zip(self.types, line, strict=True)})
+            for line in lines[1:]
+        ]
+
+    def append(self, rows: Iterable[Any]) -> None:
+        """Write rows through to the disk."""
+        new = not self.path.exists() or not self.path.stat().st_size
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self.types), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(vars(row) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
