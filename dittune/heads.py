@@ -39,6 +39,10 @@ class HeadSet:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def first(self, count: int) -> HeadSet:
+        """The first `count` heads, in the order in which they were given."""
+        return HeadSet(",".join(f"{layer}:{head}" for layer, head in self.pairs[:count]))
+
     def at(self, site: Site) -> list[int]:
         """Head numbers selected at a site, ascending."""
         chosen = {head for layer, head in self.pairs if layer == site.layer}

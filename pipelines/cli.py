@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dittune.pipelines.cli_config import config_app
 from dittune.pipelines.cli_options import (
     ConfigFile,
     Device,
@@ -36,7 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
@@ -100,6 +100,8 @@ def evaluate(
     model: Model = "shapes-sd3",
     method: Methods = None,
     set_: Sets = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="METHOD.FIELD=V1;V2;...")] = None,
+    objective: Annotated[str | None, typer.Option(help="one more score, as of headhunt")] = None,
     config: ConfigFile = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
@@ -111,14 +113,20 @@ def evaluate(
     ),
     as_json: Json = False,
 ) -> None:
-    """Score methods against the plain model (`--method none`) on the same prompts and seeds."""
-    from dittune.pipelines.evaluate import eval_command
+    """Score methods against the plain model (`--method none`) on the same prompts and seeds.
+
+    `LABEL@G` is a variant under guidance scale G; the first variant is the baseline.
+    """
+    from dittune.pipelines.eval_command import eval_command, without_guidance
 
     flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype}
     labels = list(dict.fromkeys(method or ["none"]))
-    resolved = resolve_flags(config, None, flags, [m for m in labels if m != "none"], set_)
-    table, document = eval_command(resolved, labels, prompts, seeds, limit, batch, out)
+    wanted = dict.fromkeys(map(without_guidance, labels))
+    resolved = resolve_flags(config, None, flags, [m for m in wanted if m != "none"], set_)
+    table, document = eval_command(
+        resolved, labels, sweep or [], prompts, seeds, limit, batch, objective, out
+    )
     emit(document) if as_json else print(table)
 
 
@@ -199,30 +207,6 @@ def models(
         list_models(emit if as_json else None)
     else:
         list_sites(name or "shapes-sd3", emit if as_json else None)
-
-
-@config_app.command("show")
-def config_show(
-    config: Annotated[Path | None, typer.Argument(help="YAML file")] = None,
-    model: Model = None,
-    method: Methods = None,
-    set_: Sets = None,
-    as_json: Json = False,
-) -> None:
-    """Print the configuration as it would be run."""
-    from dittune.config import write_yaml
-
-    resolved = resolve_flags(config, None, {"model": model}, method, set_)
-    emit(vars(resolved)) if as_json else print(write_yaml(resolved), end="")
-
-
-@config_app.command("validate")
-def config_validate(
-    config: Annotated[Path, typer.Argument(help="YAML file")], as_json: Json = False
-) -> None:
-    """Check a configuration without running it."""
-    resolve_flags(config, None, {}, None, None)
-    emit({"valid": True, "path": str(config)}) if as_json else print(f"{config}: valid")
 
 
 def main(arguments: list[str] | None = None) -> None:

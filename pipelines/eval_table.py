@@ -60,6 +60,10 @@ def _row(label: str, own: Sequence[ImageScore], baseline: Sequence[ImageScore]) 
     row["no_extra"] = _share(own, "extra", wanted=0)
     difference = paired_difference(own, baseline) if own is not baseline else None
     row["difference"] = [round(x, 4) for x in difference] if difference else None
+    if not any(math.isnan(s.objective) for s in own):
+        row["objective"] = round(float(np.mean([s.objective for s in own])), 4)
+        moved = paired_difference(own, baseline, "objective") if own is not baseline else None
+        row["objective_difference"] = [round(x, 4) for x in moved] if moved else None
     row["seconds_per_image"] = round(float(np.median([s.seconds for s in own])), 4)
     row["peak_mib"] = max(s.peak_mib for s in own)
     return row
@@ -75,7 +79,10 @@ def _share(scores: Sequence[ImageScore], what: str, wanted: Any = True) -> dict[
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown; shares in per cent with their 95 % interval."""
     shares = [key for key in rows[0] if isinstance(rows[0][key], dict)]
-    head = ["variant", "images", *shares, "difference", "s/image", "peak MiB"]
+    judged = "objective" in rows[0]
+    head = ["variant", "images", *shares, "difference"]
+    head += ["objective", "its difference"] if judged else []
+    head += ["s/image", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row["variant"], str(row["images"])]
@@ -90,6 +97,10 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         cells.append(
             "" if gap is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in gap))
         )
+        if judged:
+            gap = row["objective_difference"]
+            cells.append(f"{row['objective']:.3f}")
+            cells.append("" if gap is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gap))
         cells += [f"{row['seconds_per_image']:.2f}", f"{row['peak_mib']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

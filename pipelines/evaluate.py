@@ -7,20 +7,19 @@ is missing there.
 
 from __future__ import annotations
 
-import json
+import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
 from dittune.method import Method
 from dittune.pipelines.media import grid
@@ -29,20 +28,29 @@ from dittune.pipelines.row_log import RowLog
 from dittune.samples.shapes import score, world
 from dittune.samples.shapes.prompts import PROMPT_SETS, prompt_set
 
+Objective = Callable[[Sequence[Image.Image], Sequence[str]], list[float]]
+
 GRID_PROMPTS = 8  # columns of the picture grid
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: a label and the methods it stands for (none: the plain model)."""
+    """A row of the table: a label and the methods it stands for (none: the plain model).
+
+    `guidance_scale` overrides that of the other variants.
+    """
 
     label: str
     methods: tuple[Method, ...] = ()
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One scored image. `success` is everything the prompt asks for and nothing else."""
+    """One scored image. `success` is everything the prompt asks for and nothing else.
+
+    `objective` is a further score, nan if none was asked for.
+    """
 
     variant: str
     prompt: str
@@ -52,6 +60,7 @@ class ImageScore:
     objects_right: bool
     stated_right: bool
     extra: int
+    objective: float
     seconds: float
     peak_mib: float
 
@@ -91,6 +100,7 @@ def evaluate(
     seeds: Iterable[int],
     out: Path,
     batch: int = 8,
+    objective: Objective | None = None,
     **settings,
 ) -> list[ImageScore]:
     """Score every prompt x seed under every variant.
@@ -100,6 +110,7 @@ def evaluate(
         seeds: image `j` of a prompt is made with the `j`-th of these.
         out: folder for `images.csv` and `grid.png`.
         batch: images made in one call.
+        objective: (images, prompts) -> one more score an image.
         settings: passed to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
@@ -113,9 +124,8 @@ def evaluate(
     todo = {v.label: [w for w in wanted if (v.label, *w) not in done] for v in variants}
     with tqdm(total=sum(map(len, todo.values())), desc="eval", unit="image") as bar:
         for variant in variants:
-            pipeline.methods = list(variant.methods)
             for jobs in _chunks(todo[variant.label], batch):
-                new = _score_batch(pipeline, variant, jobs, settings)
+                new = _score_batch(pipeline, variant, jobs, objective, settings)
                 log.append(new)
                 scores += new
                 bar.update(len(jobs))
@@ -125,49 +135,22 @@ def evaluate(
     return sorted(asked_scores, key=lambda s: list(todo).index(s.variant))
 
 
-def eval_command(
-    config: RunConfig,
-    labels: Sequence[str],
-    prompts: str,
-    seeds: int,
-    limit: int | None,
-    batch: int,
-    out: Path,
-) -> tuple[str, dict[str, Any]]:
-    """What `dittune eval` does.
-
-    Args:
-        labels: variants in order; `none` is the plain model, others are `NAME` or `LABEL=NAME`.
-
-    Returns:
-        The table as Markdown, and the document for `--json`; both are also written to `out`.
-    """
-    from dittune.pipelines.eval_table import as_markdown, summarize
-
-    texts = load_prompts(prompts, limit)
-    built = build_methods(config)
-    variants = [Variant(label.partition("=")[0], ()) for label in labels]
-    variants = [v if v.label == "none" else Variant(v.label, (built[v.label],)) for v in variants]
-    settings = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    pipeline = Pipeline.from_pretrained(config.model, device=config.device, dtype=config.dtype)
-    scores = evaluate(pipeline, variants, texts, range(seeds), out, batch, **settings)
-    rows = summarize(scores)
-    table = as_markdown(rows)
-    document = {"prompts": prompts, "seeds": seeds, "config": vars(config), "rows": rows}
-    (out / "table.md").write_text(table, encoding="utf-8")
-    (out / "table.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
-    return table, document
+def _make(pipeline, variant: Variant, prompts, seeds, settings) -> list:
+    pipeline.methods = list(variant.methods)
+    if variant.guidance_scale is not None:
+        settings = {**settings, "guidance_scale": variant.guidance_scale}
+    return pipeline(prompts, seed=seeds, progress=False, **settings).images
 
 
-def _score_batch(pipeline, variant: Variant, jobs, settings) -> list[ImageScore]:
+def _score_batch(pipeline, variant: Variant, jobs, objective, settings) -> list[ImageScore]:
     prompts, seeds = [list(column) for column in zip(*jobs, strict=True)]
     started = time.perf_counter()
     with PeakMemory() as memory:
-        images = pipeline(prompts, seed=seeds, progress=False, **settings).images
+        images = _make(pipeline, variant, prompts, seeds, settings)
     seconds = (time.perf_counter() - started) / len(jobs)
+    further = objective(images, prompts) if objective else [math.nan] * len(images)
     found = []
-    for prompt, seed, image in zip(prompts, seeds, images, strict=True):
+    for prompt, seed, image, value in zip(prompts, seeds, images, further, strict=True):
         request = world.parse(prompt)
         result = score.score(np.asarray(image.convert("RGB")), request)
         stated = [*result.sizes, result.relation, result.background]
@@ -181,6 +164,7 @@ def _score_batch(pipeline, variant: Variant, jobs, settings) -> list[ImageScore]
                 objects_right=all(result.objects),
                 stated_right=all(answer is not False for answer in stated),
                 extra=result.extra,
+                objective=float(value),
                 seconds=round(seconds, 4),
                 peak_mib=round(memory.mib, 1),
             )
@@ -224,8 +208,6 @@ def _write_grid(pipeline, variants, seed: int, prompts, out: Path, settings) -> 
     chosen = [prompts[int(i)] for i in np.linspace(0, len(prompts) - 1, GRID_PROMPTS)]
     pictures = []
     for variant in variants:
-        pipeline.methods = list(variant.methods)
-        seeds = [seed] * len(chosen)
-        pictures += pipeline(chosen, seed=seeds, progress=False, **settings).images
+        pictures += _make(pipeline, variant, chosen, [seed] * len(chosen), settings)
     labels = [f"{v.label}: {p}" for v in variants for p in chosen]
     grid(pictures, columns=len(chosen), labels=labels).save(out / "grid.png")

@@ -48,6 +48,7 @@ class SoftPAG(Method):
 
     Args:
         heads: `layer:head,layer:head`; `layer:*` is all heads of a layer, which is PAG.
+        first: use only this many of the heads, from the first on; a search lists the best first.
         perturbation: what a chosen head's map becomes: `identity` (each token sees itself),
             `uniform` (all tokens alike), `mean_query` (all rows ask with their mean query),
             `blurred_query` (image queries blurred on their grid, SEG), `argmax` (only the token
@@ -70,6 +71,7 @@ class SoftPAG(Method):
     """
 
     heads: str = ""
+    first: int | None = None
     perturbation: str = "identity"
     u: float = 1.0
     sigma: float = 2.0
@@ -83,6 +85,8 @@ class SoftPAG(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "heads", str(HeadSet(self.heads)))
+        if self.first is not None and self.first < 0:
+            raise ConfigError(f"softpag: first is a number of heads, got {self.first}")
         if not 0.0 <= self.u <= 1.0:
             raise ConfigError(f"softpag: u is in [0, 1], got {self.u}")
         if not math.isfinite(self.scale):
@@ -114,20 +118,26 @@ class SoftPAG(Method):
 
     @property
     def is_neutral(self) -> bool:
-        return super().is_neutral or not self.heads or self.u == 0.0 or self.scale == 0.0
+        return super().is_neutral or not len(self.chosen) or self.u == 0.0 or self.scale == 0.0
+
+    @property
+    def chosen(self) -> HeadSet:
+        """The heads that are perturbed."""
+        heads = HeadSet(self.heads)
+        return heads if self.first is None else heads.first(self.first)
 
     def sites(self, available: Sequence[Site]) -> Sequence[Site]:
         for kind in (self.kind,) if self.kind else ("joint", "self"):
             sites = [site for site in available if site.kind == kind]
             if sites:
-                return HeadSet(self.heads).select(sites)
+                return self.chosen.select(sites)
         kinds = ", ".join(sorted({site.kind for site in available}))
         raise SelectionError(
             f"softpag needs {self.kind or 'self'} attention; the model has {kinds}"
         )
 
     def site_state(self, site: Site, device: torch.device) -> _Heads:
-        chosen = HeadSet(self.heads).at(site)
+        chosen = self.chosen.at(site)
         kept = [head for head in range(site.heads) if head not in chosen]
         order = torch.tensor(chosen + kept).argsort()
         return _Heads(*(torch.as_tensor(x, device=device).long() for x in (chosen, kept, order)))
@@ -225,7 +235,7 @@ class SoftPAG(Method):
         memory = run.memory(self)
         calls = getattr(memory, "calls", 0)
         return {
-            "heads": len(HeadSet(self.heads)),
+            "heads": len(self.chosen),
             "perturbed_passes": calls,
             "batched": bool(calls) and not getattr(memory, "separate", True),
         }

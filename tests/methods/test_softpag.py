@@ -219,6 +219,18 @@ def test_start_and_stop_limit_the_perturbed_passes():
             assert handle.report()["softpag"]["perturbed_passes"] == passes
 
 
+def test_only_the_first_heads_are_used():
+    pipe = sd3()
+    results = {}
+    for heads, first in (("2:1,0:0", None), ("2:1,0:0,1:1", 2), ("2:1,0:0,1:1", None)):
+        with dittune.attach(pipe, dittune.SoftPAG(heads=heads, first=first)) as handle:
+            results[heads, first] = latents(pipe)
+            assert handle.report()["softpag"]["heads"] == (first or len(heads.split(",")))
+    assert torch.equal(results["2:1,0:0", None], results["2:1,0:0,1:1", 2])
+    assert not torch.equal(results["2:1,0:0", None], results["2:1,0:0,1:1", None])
+    assert dittune.SoftPAG(heads="0:0", first=0).is_neutral
+
+
 def test_two_head_sets_add_up():
     """With one step, the deltas of two methods add: both start from the same latents."""
     pipe = sd3()
@@ -317,6 +329,7 @@ def test_the_image_only_attention_of_sd35_has_layers_of_its_own():
         ({"kind": "temporal"}, "kind is one of joint, self, cross"),
         ({"perturbation": "blur"}, "perturbation is one of identity, uniform"),
         ({"perturbation": "uniform", "rows": "image", "cols": "image"}, "and the identity"),
+        ({"first": -1}, "first is a number of heads"),
         ({"sigma": 0.0}, "sigma is above 0, got 0.0"),
         ({"temperature": float("inf")}, "temperature is finite"),
         ({"start": 0.8, "stop": 0.2}, "0 <= start <= stop <= 1"),

@@ -1,8 +1,10 @@
 """Evaluation: scores, pairs, intervals, resumption; and the overhead benchmark's gate."""
 
 import json
+import math
 import time
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_wilson_interval():
 
 def test_paired_difference_is_over_prompts():
     base = [
-        ImageScore("a", str(p), s, 1, False, False, True, 0, 0.1, 1.0)
+        ImageScore("a", str(p), s, 1, False, False, True, 0, math.nan, 0.1, 1.0)
         for p in range(50)
         for s in (0, 1)
     ]
@@ -122,6 +124,35 @@ def test_the_command(saved, tmp_path, capsys):
     assert [row["variant"] for row in document["rows"]] == ["none", "pag"]
     assert document["config"]["methods"]["pag"]["heads"] == "0:*"
     assert "| pag |" in (tmp_path / "table.md").read_text()
+
+
+def test_sweeps_guidance_and_a_further_score(saved, tmp_path, capsys):
+    arguments = ["eval", "--model", saved, "--limit", 3, "--steps", 1, "--guidance-scale", 1]
+    arguments += ["--method", "none", "--method", "none@4", "--method", "pag=softpag"]
+    arguments += ["--set", "pag.heads=0:*,1:0,2:1", "--sweep", "pag.first=1;3"]
+    arguments += ["--sweep", "pag.u=0;0.5", "--objective", "tests.pipelines.brightness:score"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in [*arguments, "--out", tmp_path, "--json"]])
+    assert stop.value.code == 0
+    rows = {row["variant"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    labels = ["none", "none@4", "pag", "pag.first=1", "pag.first=3", "pag.u=0", "pag.u=0.5"]
+    assert list(rows) == labels
+    values = {label: row["objective"] for label, row in rows.items()}
+    assert values["pag.first=3"] == values["pag"] and values["pag.u=0"] == values["none"]
+    assert len({values[label] for label in ("none", "none@4", "pag", "pag.first=1")}) == 4
+    assert rows["none@4"]["objective_difference"][0] == pytest.approx(
+        values["none@4"] - values["none"], abs=2e-4
+    )
+    picture = ElementTree.parse(tmp_path / "curves.svg").getroot()
+    assert len(picture.findall("{*}circle")) == 4 and len(picture.findall("{*}polyline")) == 2
+    for flag, value, message in (
+        ("--sweep", "pag.first", "is written METHOD.FIELD=V1;V2"),
+        ("--sweep", "other.u=1", "method 'other' is not in use"),
+        ("--method", "none@many", "after @ comes a guidance scale"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in [*arguments, flag, value, "--out", tmp_path]])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_peak_memory_sees_an_allocation():

@@ -1,0 +1,111 @@
+"""What `dittune eval` does: variants and sweeps in, a table, a picture grid and curves out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dittune.config import RunConfig, build_methods, resolve
+from dittune.errors import ConfigError
+from dittune.pipelines import curves
+from dittune.pipelines.eval_table import as_markdown, summarize
+from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
+from dittune.pipelines.headhunt.objectives import load_objective
+from dittune.pipelines.pipeline import Pipeline
+
+PLAIN = "none"
+
+
+def eval_command(
+    config: RunConfig,
+    labels: Sequence[str],
+    sweeps: Sequence[str],
+    prompts: str,
+    seeds: int,
+    limit: int | None,
+    batch: int,
+    objective: str | None,
+    out: Path,
+) -> tuple[str, dict[str, Any]]:
+    """Score variants of a model.
+
+    Args:
+        config: its methods are the labels without `none` and without `@`.
+        labels: variants in order, the first one is the baseline: `none` is the plain model, others
+            are labels of methods; `LABEL@G` is one under guidance scale G.
+        sweeps: `LABEL.FIELD=V1;V2;...`: one more variant of a method for each value.
+        objective: a further score, see `load_objective`.
+
+    Returns:
+        The table as Markdown, and the document for `--json`; both are also written to `out`, with
+        `curves.svg` if there are sweeps.
+
+    Raises:
+        ConfigError: a variant, sweep, prompt or objective that cannot be understood.
+    """
+    texts = load_prompts(prompts, limit)
+    built = build_methods(config)
+    variants = [_variant(label, built) for label in labels]
+    swept = {sweep: _sweep(sweep, config) for sweep in sweeps}
+    variants += [variant for group in swept.values() for variant in group]
+    settings = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    judge = load_objective(objective) if objective else None
+    pipeline = Pipeline.from_pretrained(config.model, device=config.device, dtype=config.dtype)
+    scores = evaluate(
+        pipeline, variants, texts, range(seeds), out, batch, objective=judge, **settings
+    )
+    rows = summarize(scores)
+    table = as_markdown(rows)
+    document = {"prompts": prompts, "seeds": seeds, "config": vars(config), "rows": rows}
+    (out / "table.md").write_text(table, encoding="utf-8")
+    (out / "table.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    if sweeps:
+        by_label = {row["variant"]: row for row in rows}
+        lines = {
+            sweep.partition("=")[0]: [by_label[v.label] for v in group]
+            for sweep, group in swept.items()
+        }
+        picture = curves.draw(lines, rows[0], f"{public(config.model)}, {prompts} prompts")
+        (out / "curves.svg").write_text(picture, encoding="utf-8")
+    return table, document
+
+
+def public(model: str) -> str:
+    """A model's name without the folder it lies in."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def without_guidance(label: str) -> str:
+    """`LABEL` of `LABEL@G`."""
+    return label.partition("@")[0]
+
+
+def _variant(label: str, built: dict) -> Variant:
+    text, at, scale = label.partition("@")
+    name = text.partition("=")[0]  # of `LABEL=METHOD`
+    methods = () if name == PLAIN else (built[name],)
+    if not at:
+        return Variant(name, methods)
+    try:
+        return Variant(f"{name}@{scale}", methods, float(scale))
+    except ValueError as error:
+        raise ConfigError(f"{label}: after @ comes a guidance scale, got {scale!r}") from error
+
+
+def _sweep(sweep: str, config: RunConfig) -> list[Variant]:
+    path, equals, values = sweep.partition("=")
+    label = path.partition(".")[0]
+    if not (equals and values and label != path):
+        raise ConfigError(f"--sweep is written METHOD.FIELD=V1;V2;..., got {sweep!r}")
+    if label not in config.methods:
+        raise ConfigError(f"--sweep {sweep}: method {label!r} is not in use; add --method {label}")
+    content = dataclasses.asdict(config)
+    variants = []
+    for value in values.split(";"):
+        changed = resolve(content, (), [f"{path}={value}"])
+        variants.append(Variant(f"{path}={value}", (build_methods(changed)[label],)))
+    return variants
