@@ -40,7 +40,7 @@ def test_one_more_chunk_and_one_chunk_only():
         [10.0, 11.0, 12.0, 13.0, 12.0, 13.0],
     ]
     assert more.kwargs["added"]["pooled"].tolist() == [0.0, 1.0, 2.0, 3.0, 2.0, 3.0]
-    assert [t.tolist() for t in more.kwargs["added"]["levels"]] == [[0, 1, 2, 3, 2, 3]]
+    assert [t.tolist() for t in more.kwargs["added"]["deep"]] == [[0, 1, 2, 3, 2, 3]]
     assert more.kwargs["added"]["none"] is None and len(given.kwargs["added"]["pooled"]) == 4
     assert more.kwargs["other"] == "untouched" and len(given.kwargs["sample"]) == 4
     cond = more.only("cond")

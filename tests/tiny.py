@@ -7,7 +7,6 @@ import inspect
 import torch
 from diffusers import (
     DDIMScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -167,7 +166,7 @@ def sdxl(**changes) -> StableDiffusionXLPipeline:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         add_watermarker=False,
     )
     return silent(pipe)
@@ -180,7 +179,7 @@ class Nothing(Method):
         return proceed(call)
 
 
-FAMILIES = {"sd3": sd3, "sd3.5": sd35, "flux": flux}
+FAMILIES = {"sd3": sd3, "sd3.5": sd35, "flux": flux, "sd": sd, "sdxl": sdxl}
 
 
 def latents(pipe, prompt="a red circle", seed=0, steps=2, **kwargs) -> torch.Tensor:
