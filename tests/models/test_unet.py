@@ -174,9 +174,8 @@ def test_a_whole_layer_is_the_pag_of_diffusers(build, official, guidance_scale):
     plain = latents(pipe, guidance_scale=guidance_scale)
     with dittune.attach(pipe, method):
         ours = latents(pipe, guidance_scale=guidance_scale)
-    components = {k: v for k, v in pipe.components.items()}
     options = {"requires_safety_checker": False} if build is sd else {}
-    pag = silent(official(**components, pag_applied_layers=["mid"], **options))
+    pag = silent(official(**pipe.components, pag_applied_layers=["mid"], **options))
     theirs = latents(pag, guidance_scale=guidance_scale, pag_scale=2.0)
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
     assert (ours - plain).abs().max() > 1e-2
@@ -303,7 +302,7 @@ def test_processors_with_explicit_scores_are_refused(processor):
     pipe = sd()
     with dittune.attach(pipe, dittune.SoftPAG(**STEERED)):
         pipe.enable_attention_slicing(1)
-        with pytest.raises(SeamError, match="self layer 0 .* replaced by SlicedAttnProcessor"):
+        with pytest.raises(SeamError, match=r"self layer 0 .* replaced by SlicedAttnProcessor"):
             latents(pipe)
 
 

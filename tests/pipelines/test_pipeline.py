@@ -63,10 +63,9 @@ def test_bad_arguments(saved, arguments, match):
         pipe(**{"prompt": "a red circle", **SMALL, **arguments})
 
 
-@pytest.mark.parametrize(
-    ("family", "side", "most"), [("sd3", 8, 128), ("flux", 8, 2**20), ("sd", 8, 2**20)]
-)
-def test_sides_are_those_the_family_can_make(family, side, most):
+@pytest.mark.parametrize(("family", "most"), [("sd3", 128), ("flux", 2**20), ("sd", 2**20)])
+def test_sides_are_those_the_family_can_make(family, most):
+    side = 8  # the autoencoder's factor is 4
     pipe = dittune.Pipeline(FAMILIES[family]())
     settings = {**SMALL, "num_inference_steps": 1}
     image = pipe("a red circle", **{**settings, "width": 3 * side, "height": 2 * side}).images[0]
