@@ -144,7 +144,7 @@ class Attachment:
             for method in self._acting:
                 if method.acts_at(run.step, run.num_steps):
                     latents = method.on_step(run, latents)
-            run.step = step + 1
+            run.step, run.calls = step + 1, 0
             changed = {} if latents is given else {"latents": latents}
             if users is None:
                 return changed

@@ -23,12 +23,14 @@ class Site:
         kind: `joint` (text and image in one sequence), `self`, `cross` or `temporal`.
         name: module path inside the denoiser, for messages.
         heads: number of attention heads.
+        stage: how often the grid has been halved on the way here; 0 outside of U shapes.
     """
 
     layer: int
     kind: str
     name: str
     heads: int
+    stage: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind} layer {self.layer} ({self.name}, {self.heads} heads)"
@@ -37,8 +39,10 @@ class Site:
 class TokenLayout(NamedTuple):
     """Which tokens of a sequence are image and which are text.
 
+    At a `cross` site `image` counts in the queries and `text` in the keys.
+
     Attributes:
-        image: first and one-past-last image token.
+        image: first and one-past-last token of the picture that is being made.
         text: first and one-past-last text token; equal where there is no text.
         grid: image tokens as `(frames, height, width)`, slow to fast.
     """

@@ -103,7 +103,9 @@ class AttachedModel:
         def model(inputs: ModelInputs) -> torch.Tensor:
             run.roles = inputs.roles
             run.layouts = self.facts.layouts(self.inner, inputs.kwargs)
-            raw[:] = [stock_call(self.model, **inputs.kwargs)]
+            # Some denoisers empty the lists they are given; a second call needs them again.
+            given = {k: list(v) if type(v) is list else v for k, v in inputs.kwargs.items()}
+            raw[:] = [stock_call(self.model, **given)]
             self._check_fired(inputs)
             return raw[0][0]
 
@@ -111,7 +113,8 @@ class AttachedModel:
         for method in reversed(self.active):
             if type(method).around_model is not Method.around_model:
                 around = functools.partial(method.around_model, model=around)
-        roles = self.facts.roles(pipe, kwargs)
+        roles = self.facts.roles(pipe, kwargs, run.calls)
+        run.calls += 1
         sample = around(ModelInputs(kwargs, roles, self.facts.BATCHED, run))
         if sample is raw[0][0]:
             return raw[0]

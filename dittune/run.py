@@ -18,15 +18,17 @@ class Run:
     Attributes:
         step: index of the current denoising step, from 0.
         num_steps: number of steps, 0 until the first denoiser call.
+        calls: number of denoiser calls the pipeline has made in this step.
         roles: what the chunks of the current batch are.
-        layouts: token layout of the current denoiser call, by kind of site.
+        layouts: token layout of the current denoiser call, by kind and stage of site.
     """
 
     def __init__(self, num_steps: int = 0):
         self.step = 0
         self.num_steps = num_steps
+        self.calls = 0
         self.roles: tuple[Role, ...] = ()
-        self.layouts: dict[str, TokenLayout] = {}
+        self.layouts: dict[tuple[str, int], TokenLayout] = {}
         self._memory: dict[int, SimpleNamespace] = {}
 
     @property
@@ -46,7 +48,8 @@ class ModelInputs:
     Attributes:
         kwargs: the denoiser's arguments by name.
         roles: what the chunks are, in row order.
-        batched: names in `kwargs` whose first axis is the batch, the sample's first.
+        batched: names in `kwargs` whose first axis is the batch, the sample's first: tensors, or
+            lists and dicts of tensors.
         run: the generation this call belongs to.
     """
 
@@ -86,14 +89,17 @@ class ModelInputs:
         kwargs = dict(self.kwargs)
         batch = len(kwargs[self.batched[0]])
 
-        def over(tensor: torch.Tensor) -> torch.Tensor:
-            broadcasts = tensor.ndim == 0 or len(tensor) == 1 < batch  # one timestep for all rows
-            return tensor if broadcasts else change(tensor)
+        def over(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(over(item) for item in value)
+            if isinstance(value, dict):
+                return {key: over(item) for key, item in value.items()}
+            if not isinstance(value, torch.Tensor):
+                return value
+            broadcasts = value.ndim == 0 or len(value) == 1 < batch  # one timestep for all rows
+            return value if broadcasts else change(value)
 
         for name in self.batched:
-            value = kwargs.get(name)
-            if isinstance(value, torch.Tensor):
-                kwargs[name] = over(value)
-            elif isinstance(value, (list, tuple)):
-                kwargs[name] = type(value)(over(item) for item in value)
+            if name in kwargs:
+                kwargs[name] = over(kwargs[name])
         return kwargs

@@ -81,7 +81,7 @@ class InstalledSite:
             value,
             options,
             run.roles,
-            run.layouts[self.site.kind],
+            run.layouts[self.site.kind, self.site.stage],
             self.site,
             None,
             core,

@@ -62,5 +62,6 @@ def list_sites(model: str, emit: Emit) -> None:
         emit([dataclasses.asdict(site) for site in sites])
         return
     _print(
-        ["layer", "kind", "heads", "module"], [[s.layer, s.kind, s.heads, s.name] for s in sites]
+        ["layer", "kind", "heads", "stage", "module"],
+        [[s.layer, s.kind, s.heads, s.stage, s.name] for s in sites],
     )

@@ -18,6 +18,7 @@ import dittune
 from dittune.attach import attach
 from dittune.errors import CheckpointError, ConfigError, DittuneError
 from dittune.method import Method
+from dittune.models import DENOISER_NAMES, facts_for
 from dittune.pipelines.loading import locate, pick_device, pick_dtype, quiet
 
 MAX_SEED = 2**63 - 1
@@ -161,17 +162,18 @@ class Pipeline:
         return seeds
 
     def _check_size(self, arguments: dict[str, Any]) -> None:
-        """Sides must be whole patches, and no more of them than the position embedding has."""
-        config = getattr(getattr(self.pipe, "transformer", None), "config", None)
-        if config is None:
+        """Ask the family of the denoiser which sides it can make."""
+        models = [getattr(self.pipe, name, None) for name in DENOISER_NAMES]
+        model = next((model for model in models if model is not None), None)
+        if model is None:
             return  # `attach` says which models it knows
-        unit = self.pipe.vae_scale_factor * config.patch_size
-        most = unit * (getattr(config, "pos_embed_max_size", None) or 2**20)
+        sides = facts_for(model).sides(model, self.pipe.vae_scale_factor)
         for name in ("width", "height"):
             side = arguments.get(name)
-            if side is not None and (side % unit or not 0 < side <= most):
+            if side is not None and side not in sides:
                 raise ConfigError(
-                    f"{name} must be a multiple of {unit} from {unit} to {most}, got {side}"
+                    f"{name} must be a multiple of {sides.step} from {sides[0]} to {sides[-1]}, "
+                    f"got {side}"
                 )
 
     def _record(self, signature, arguments, seeds, seconds, report) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import torch
 
 import dittune
 from dittune.errors import SeamError
-from tests.tiny import latents, sd3
+from dittune.models import facts_for
+from tests.tiny import FAMILIES, Nothing, denoiser, flux, latents, sd3
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +17,23 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+BLOCKS = (
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "BasicTransformerBlock",
+)
+
+
 def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def compile_blocks(pipe, backend):
-    for block in pipe.transformer.transformer_blocks:
-        block.compile(fullgraph=True, backend=backend)
+    """The repeated blocks of any family, each one a graph of its own."""
+    for module in denoiser(pipe).modules():
+        if type(module).__name__ in BLOCKS:
+            module.compile(fullgraph=True, backend=backend)
 
 
 COMBINATIONS = [
@@ -59,13 +70,34 @@ def test_compiled_blocks_equal_eager(backend, u, compile_first):
     torch.testing.assert_close(latents(pipe, steps=3), plain, atol=2e-4, rtol=1e-3)  # detached
 
 
-def test_the_number_of_graphs_does_not_grow_with_layers():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_every_family_are_whole_graphs(family):
+    """With methods at all sites, and at a second size."""
+    pipe = FAMILIES[family]()
+    method = dittune.SoftPAG(heads="0:1,1:0,2:*", u=0.5)
+    with dittune.attach(pipe, method):
+        eager = latents(pipe)
+        wide = latents(pipe, height=16, width=64)
+    with dittune.attach(pipe, method, Nothing()):
+        compile_blocks(pipe, "aot_eager")
+        torch.testing.assert_close(latents(pipe), eager, atol=2e-3, rtol=1e-3)
+        assert graphs() >= 1
+        found = latents(pipe, height=16, width=64)
+        torch.testing.assert_close(found, wide, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("build", "deep"),
+    [(sd3, {"num_layers": 7}), (flux, {"num_layers": 5, "num_single_layers": 9})],
+)
+def test_the_number_of_graphs_does_not_grow_with_layers(build, deep):
     """Blocks share one code object: what differs by layer must be a tensor, not a constant."""
     counts = []
-    for layers in (3, 7):
+    for changes in ({}, deep):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        pipe = sd3(num_layers=layers)
+        pipe = build(**changes)
+        layers = len(facts_for(pipe.transformer).sites(pipe.transformer))
         compile_blocks(pipe, "eager")
         with dittune.attach(pipe, dittune.SoftPAG(heads=",".join(f"{i}:1" for i in range(layers)))):
             latents(pipe, steps=1)

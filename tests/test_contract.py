@@ -8,7 +8,7 @@ import torch
 import dittune
 from dittune import errors
 from dittune.models import facts_for
-from tests.tiny import FAMILIES, latents, sd3
+from tests.tiny import FAMILIES, denoiser, latents, sd3
 
 # Settings under which a method must change nothing, and some under which it must not be idle.
 NEUTRAL = {
@@ -60,7 +60,7 @@ def snapshot(pipe):
 
 def test_every_method_and_model_is_in_the_tables():
     assert set(NEUTRAL) == set(ACTIVE) == set(dittune.available_methods())
-    served = {facts_for(build().transformer).__name__ for build in FAMILIES.values()}
+    served = {facts_for(denoiser(build())).__name__ for build in FAMILIES.values()}
     assert served == {f"dittune.models.{name}" for name in dittune.available_models()}
 
 

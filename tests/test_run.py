@@ -16,10 +16,16 @@ def inputs(roles=("uncond", "cond"), size=2, **changes):
         "text": torch.arange(rows * 2.0).view(rows, 2),
         "residuals": [torch.arange(float(rows)), torch.arange(float(rows)) + 10],
         "timestep": torch.full((rows,), 7.0),
+        "added": {
+            "pooled": torch.arange(float(rows)),
+            "levels": [torch.arange(rows)],
+            "none": None,
+        },
         "other": "untouched",
         **changes,
     }
-    return ModelInputs(kwargs, roles, ("sample", "text", "residuals", "timestep", "absent"), Run())
+    batched = ("sample", "text", "residuals", "timestep", "added", "absent")
+    return ModelInputs(kwargs, roles, batched, Run())
 
 
 def test_one_more_chunk_and_one_chunk_only():
@@ -33,6 +39,9 @@ def test_one_more_chunk_and_one_chunk_only():
         [0.0, 1.0, 2.0, 3.0, 2.0, 3.0],
         [10.0, 11.0, 12.0, 13.0, 12.0, 13.0],
     ]
+    assert more.kwargs["added"]["pooled"].tolist() == [0.0, 1.0, 2.0, 3.0, 2.0, 3.0]
+    assert [t.tolist() for t in more.kwargs["added"]["deep"]] == [[0, 1, 2, 3, 2, 3]]
+    assert more.kwargs["added"]["none"] is None and len(given.kwargs["added"]["pooled"]) == 4
     assert more.kwargs["other"] == "untouched" and len(given.kwargs["sample"]) == 4
     cond = more.only("cond")
     assert cond.roles == ("cond",) and torch.equal(

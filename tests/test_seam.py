@@ -13,7 +13,7 @@ import dittune
 from dittune import seam
 from dittune.errors import AlreadyAttachedError, SeamError
 from dittune.method import Method
-from tests.tiny import FAMILIES, Nothing, latents, sd3
+from tests.tiny import FAMILIES, Nothing, denoiser, latents, sd3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +35,7 @@ def test_sites_are_in_execution_order(family):
             return proceed(call)
 
     order = []
-    for name, module in pipe.transformer.named_modules():
+    for name, module in denoiser(pipe).named_modules():
         if hasattr(module, "processor"):
             module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
     with dittune.attach(pipe, Watch()):

@@ -29,7 +29,8 @@ def facts_for(model: nn.Module) -> ModuleType:
     Raises:
         UnsupportedModelError: no file of facts serves its class.
     """
-    names = {cls.__name__ for cls in type(model).__mro__}
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    names = {cls.__name__ for cls in type(inner).__mro__}
     known = []
     for family in available_models():
         facts = load_facts(family)
@@ -37,6 +38,6 @@ def facts_for(model: nn.Module) -> ModuleType:
             return facts
         known += facts.MODEL_CLASSES
     raise UnsupportedModelError(
-        f"{type(model).__name__} is not a model dittune knows; it knows {', '.join(known)} "
+        f"{type(inner).__name__} is not a model dittune knows; it knows {', '.join(known)} "
         "(see `dittune models`)"
     )

@@ -39,7 +39,13 @@ def sites(model: nn.Module) -> list[Site]:
     return found
 
 
-def roles(pipe: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
+def sides(model: nn.Module, vae_scale_factor: int) -> range:
+    """Sides of a picture the model can make, in pixels: whole patches that have a position."""
+    unit = vae_scale_factor * model.config.patch_size
+    return range(unit, unit * model.config.pos_embed_max_size + 1, unit)
+
+
+def roles(pipe: Any, kwargs: dict[str, Any], call: int) -> tuple[str, ...]:
     """What the chunks of a batch are: rows are [uncond, cond] when guidance is on."""
     if kwargs.get("skip_layers") is not None:
         return ("skip",)  # the extra pass of the pipeline's own skip-layer guidance
@@ -47,12 +53,12 @@ def roles(pipe: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
     return ("uncond", "cond") if guided else ("cond",)
 
 
-def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, TokenLayout]:
-    """Token layout of each kind of site for the inputs of one denoiser call."""
+def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[tuple[str, int], TokenLayout]:
+    """Token layout of each kind and stage of site for the inputs of one denoiser call."""
     height, width = (side // model.config.patch_size for side in kwargs["hidden_states"].shape[-2:])
     image, text = height * width, kwargs["encoder_hidden_states"].shape[1]
     grid = (1, height, width)
     return {
-        "joint": TokenLayout((0, image), (image, image + text), grid),
-        "self": TokenLayout((0, image), (image, image), grid),
+        ("joint", 0): TokenLayout((0, image), (image, image + text), grid),
+        ("self", 0): TokenLayout((0, image), (image, image), grid),
     }

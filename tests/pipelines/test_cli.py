@@ -140,9 +140,12 @@ def test_dry_run_writes_nothing(generate, tmp_path):
 def test_lists(dittune, saved):
     assert "softpag" in dittune("methods")[1]
     assert json.loads(dittune("methods", "--json")[1])[0]["settings"]["u"] == 1.0
-    assert "SD3Transformer2DModel" in dittune("models")[1]
+    listed = dittune("models")[1]
+    assert all(family in listed for family in ("sd3", "flux", "unet"))
+    assert all(f"{name}Model" in listed for name in ("SD3Transformer2D", "UNet2DCondition"))
     sites = json.loads(dittune("models", saved, "--layers", "--json")[1])
     assert [site["layer"] for site in sites] == [0, 1, 2]
+    assert [site["stage"] for site in sites] == [0, 0, 0]
 
 
 def test_config_show_and_validate(dittune, tmp_path):

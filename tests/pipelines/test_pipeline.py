@@ -7,6 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 
 import dittune
 from dittune.errors import CheckpointError, ConfigError, DittuneError, UnsupportedModelError
+from tests.tiny import FAMILIES
 
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "progress": False}
 
@@ -60,6 +61,26 @@ def test_bad_arguments(saved, arguments, match):
     pipe = dittune.Pipeline.from_pretrained(str(saved))
     with pytest.raises(ConfigError, match=match):
         pipe(**{"prompt": "a red circle", **SMALL, **arguments})
+
+
+@pytest.mark.parametrize(("family", "most"), [("sd3", 128), ("flux", 2**20), ("sd", 2**20)])
+def test_sides_are_those_the_family_can_make(family, most):
+    side = 8  # the autoencoder's factor is 4
+    pipe = dittune.Pipeline(FAMILIES[family]())
+    settings = {**SMALL, "num_inference_steps": 1}
+    image = pipe("a red circle", **{**settings, "width": 3 * side, "height": 2 * side}).images[0]
+    assert image.size == (3 * side, 2 * side)
+    wanted = f"multiple of {side} from {side} to {most}, got"
+    for wrong in (side // 2, 0, side + side // 2, most + side):
+        with pytest.raises(ConfigError, match=f"height must be a {wanted} {wrong}"):
+            pipe("a red circle", **{**settings, "height": wrong})
+
+
+def test_sides_of_a_compiled_denoiser():
+    pipe = FAMILIES["flux"]()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ConfigError, match="width must be a multiple of 8"):
+        dittune.Pipeline(pipe)("a red circle", **{**SMALL, "width": 36})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""FLUX.1: `FluxTransformer2DModel`.
+
+Double blocks come first, whose text and image streams meet in one joint attention; then single
+blocks, whose attention gets the joined sequence. Both attend over `[text, image]`, so the layers of
+both are counted through. A reference picture (Kontext) follows the picture that is being made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dittune.call import Site, TokenLayout
+
+MODEL_CLASSES = ("FluxTransformer2DModel",)
+
+# Attention-core calls in each stock processor; fused projections keep the same one.
+CORE_CALLS = {"FluxAttnProcessor": 1}
+
+# Arguments of the denoiser whose first axis is the batch.
+BATCHED = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "pooled_projections",
+    "timestep",
+    "guidance",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
+
+MAX_SIDE = 2**20  # rotary positions have no end
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Attention sites in execution order."""
+    blocks = [
+        (f"{name}.{i}.attn", block)
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for i, block in enumerate(getattr(model, name))
+    ]
+    return [Site(i, "joint", name, block.attn.heads) for i, (name, block) in enumerate(blocks)]
+
+
+def sides(model: nn.Module, vae_scale_factor: int) -> range:
+    """Sides of a picture the model can make, in pixels: the pipeline packs 2 x 2 latents."""
+    unit = vae_scale_factor * 2
+    return range(unit, MAX_SIDE + 1, unit)
+
+
+def roles(pipe: Any, kwargs: dict[str, Any], call: int) -> tuple[str, ...]:
+    """Distilled guidance is one call a step; true guidance adds one for the negative prompt.
+
+    Not every pipeline of the family names the two calls, but all make the conditional one first.
+    """
+    return ("cond",) if call == 0 else ("uncond",)
+
+
+def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[tuple[str, int], TokenLayout]:
+    """Token layout of each kind and stage of site for the inputs of one denoiser call."""
+    text = kwargs["encoder_hidden_states"].shape[1]
+    height, width = _grid(kwargs["img_ids"])
+    end = text + height * width
+    return {("joint", 0): TokenLayout((text, end), (0, text), (1, height, width))}
+
+
+def _grid(ids: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the first picture in ids `[S, 3]`, each `(picture, row, column)`.
+
+    The tokens of its first row are counted: half precision rounds large ids.
+    """
+    ids = (ids[0] if ids.ndim == 3 else ids).cpu()
+    picture = ids[ids[:, 0] == ids[0, 0]]
+    width = int((picture[:, 1] == picture[0, 1]).sum())
+    return len(picture) // width, width
