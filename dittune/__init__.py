@@ -24,6 +24,7 @@ _LAZY = {
     "load_method": "dittune.methods",
     "available_models": "dittune.models",
     "SoftPAG": "dittune.methods.softpag",
+    "SoftPAGGuidance": "dittune.guider",
 }
 __all__ = ["Attachment", "DittuneError", "HeadSet", "Method", "__version__", "attach", *_LAZY]
 

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "dittune/denoiser.py": {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
     },
+    "dittune/guider.py": {"methods", "models", "run", "seam"},
     "dittune/attach.py": {"class_swap", "denoiser", "errors", "method", "models", "run"},
     "dittune/methods/": {
         "call", "errors", "heads", "kernels", "method", "perturbation", "run",
