@@ -96,7 +96,11 @@ class Trainer:
         self.resume()
         saved, sums, counted = time.monotonic(), {}, 0
         bar = tqdm(
-            total=self.steps, initial=self.step, mininterval=5, maxinterval=30, disable=self.rank > 0
+            total=self.steps,
+            initial=self.step,
+            mininterval=5,
+            maxinterval=30,
+            disable=self.rank > 0,
         )
         log_path = Path(os.devnull) if self.rank > 0 else self.work / "loss.csv"
         with bar, log_path.open("a", newline="") as log:
