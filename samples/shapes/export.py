@@ -20,7 +20,7 @@ def export(family: str, work: Path, out: Path) -> None:
     pipe = bundle.pipeline(AutoencoderKL.from_pretrained(work / "autoencoder" / "vae"))
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
     for path in out.rglob("*.json"):
-        forget_origin(path)
+        tidy_config(path)
     for stage in ("autoencoder", family):
         log = work / stage / "loss.csv"
         (out / f"loss-{stage}.csv").write_bytes(log.read_bytes())
@@ -28,9 +28,14 @@ def export(family: str, work: Path, out: Path) -> None:
         (out / f"loss-{stage}.svg").write_text(picture)
 
 
-def forget_origin(path: Path) -> None:
-    """Take the folder a part was loaded from out of its configuration."""
+def tidy_config(path: Path) -> None:
+    """Forget the folder a part was loaded from, and load in full precision unless told otherwise.
+
+    Otherwise `from_pretrained` would load text encoders in half precision and the rest in full.
+    """
     config = json.loads(path.read_text())
-    if "_name_or_path" in config:
-        del config["_name_or_path"]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tidy = {key: value for key, value in config.items() if key != "_name_or_path"}
+    if "dtype" in tidy:
+        tidy["dtype"] = "float32"
+    if tidy != config:
+        path.write_text(json.dumps(tidy, indent=2, sort_keys=True) + "\n")
