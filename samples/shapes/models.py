@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -18,6 +24,8 @@ from dittune.samples.shapes import world
 
 LATENT_CHANNELS = 4
 CAPTION_TOKENS = 32  # length of the text axis of one CLIP encoder
+T5_CAPTION = 24  # tokens of the longest caption, its end included
+T5_REACH = 15  # how many following tokens a T5 token sees
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -71,8 +79,17 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
+def clip_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids as the pipelines make them, `[B, 32]`."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def build_text_encoder(
+    tokenizer: CLIPTokenizer,
+    width: int = 64,
+    kind: type[CLIPTextModel | CLIPTextModelWithProjection] = CLIPTextModelWithProjection,
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -102,6 +119,103 @@ def build_silent_t5(width: int = 128) -> T5EncoderModel:
 def build_silent_t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """T5's unigram tokenizer in which each word of the world, capitalised or not, is one token.
+
+    Any other ASCII text still encodes, letter by letter.
+    """
+    words = [word if word == "," else "\u2581" + word for word in world.vocabulary()]
+    words += [capital(word) for word in words if capital(word) != word]
+    letters = ["\u2581", *(chr(i) for i in range(33, 127) if chr(i) not in words)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(word, -1.0) for word in words] + [(letter, -10.0) for letter in letters]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
+    tokenizer.model_max_length = 512
+    return tokenizer
+
+
+def capital(piece: str) -> str:
+    """The piece with its first letter capitalised."""
+    return piece[0] + piece[1:].capitalize()
+
+
+def t5_ids(tokenizer: T5Tokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids with as much padding as a caption can see, `[B, 39]`."""
+    length = T5_CAPTION + T5_REACH
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def build_t5(tokenizer: T5Tokenizer, width: int = 128, layers: int = 3) -> T5EncoderModel:
+    """A small T5 encoder whose padding stays exactly zero, wherever it stands.
+
+    `FluxPipeline` masks no padding, neither in T5 nor in FLUX. Here the embedding of padding is
+    zero, no layer of T5 has a bias, and the relative positions let a token see only itself and the
+    next `T5_REACH`: what padding sees is padding, so its output is zero at any length. The excluded
+    positions have a logit so low that they get no gradient, hence stay excluded.
+    """
+    half = 2 * (T5_REACH + 1)  # buckets of one direction; its first half are exact distances
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=32,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=width // 32,
+        relative_attention_num_buckets=2 * half,
+        relative_attention_max_distance=half,
+        dropout_rate=0.0,
+    )
+    encoder = T5EncoderModel(config)
+    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    with torch.no_grad():
+        bias.weight[1 : half + 1] = -1e4  # what came before
+        bias.weight[half + 1 + T5_REACH :] = -1e4  # what is too far ahead
+        encoder.shared.weight[tokenizer.pad_token_id] = 0
+    encoder.encoder.embed_tokens.padding_idx = tokenizer.pad_token_id  # no gradient for this row
+    return encoder
+
+
+@torch.no_grad()
+def share_capitals(encoder: T5EncoderModel, tokenizer: T5Tokenizer) -> None:
+    """Let a capitalised word mean what it means in a caption, where there are no capitals."""
+    vocab = tokenizer.get_vocab()
+    for piece, index in vocab.items():
+        if capital(piece) in vocab:
+            encoder.shared.weight[vocab[capital(piece)]] = encoder.shared.weight[index]
+
+
+def build_flux_transformer(
+    width: int = 128, double_blocks: int = 3, single_blocks: int = 6, pooled_width: int = 64
+) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=double_blocks,
+        num_single_layers=single_blocks,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=128,
+        pooled_projection_dim=pooled_width,
+        axes_dims_rope=(4, 14, 14),
+    )
+
+
+def build_unet(widths: tuple[int, int] = (64, 128), text_width: int = 128) -> UNet2DConditionModel:
+    """Self and cross attention at 16 x 16 and 8 x 8."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=widths,
+        layers_per_block=1,
+        attention_head_dim=tuple(width // 32 for width in widths),  # the number of heads, in fact
+        cross_attention_dim=text_width,
+    )
 
 
 def build_sd3_transformer(width: int = 128, layers: int = 6, text_width: int = 128):

@@ -1,6 +1,9 @@
 """Train the bundled checkpoints: `python -m dittune.samples.shapes.train STAGE --steps N`.
 
-Stages, in this order: `autoencoder`, `sd3`, and `export-sd3`, which writes the pipeline folder.
+Stages: `autoencoder`, which all families share (without it, that of `shapes-sd3` is used), then a
+family: `sd3`, `flux` or `sd`. `... train export FAMILY` writes its pipeline folder. Under `torchrun
+--nproc-per-node N -m` in place of `python -m`, processes share each batch.
+
 Every training stage is resumable: kill it at any time, run the same command again, and it goes on
 from the last saved state in `--work`. The learning rate is constant, then falls linearly to zero
 over the last 30 % of `--steps`, so a run can be lengthened or cut short by another `--steps`.
@@ -11,23 +14,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dittune.samples.shapes import train_autoencoder, train_sd3
+from dittune.samples.shapes import train_autoencoder, train_denoiser
+from dittune.samples.shapes.export import export
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["autoencoder", "sd3", "export-sd3"])
+    families = [*train_denoiser.FAMILIES]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=["autoencoder", *families, "export"])
+    parser.add_argument("family", nargs="?", choices=families, help="what to export")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of states and logs")
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--init", type=Path, help="start `sd3` from the weights of this pipeline")
-    parser.add_argument("--out", type=Path, default=Path("samples/checkpoints/shapes-sd3"))
+    parser.add_argument("--batch", type=int, default=64, help="pictures per step of a family")
+    parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
+    parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
     args = parser.parse_args()
+    if (args.stage == "export") != (args.family is not None):
+        parser.error("`export FAMILY` needs a family, and no other stage takes one")
     if args.stage == "autoencoder":
         train_autoencoder.train(args.work / "autoencoder", args.steps)
-    elif args.stage == "sd3":
-        train_sd3.train(args.work, args.steps, args.init)
+    elif args.stage == "export":
+        out = args.out or Path(f"samples/checkpoints/shapes-{args.family}")
+        export(args.family, args.work, out)
     else:
-        train_sd3.export(args.work, args.out)
+        train_denoiser.train(args.stage, args.work, args.steps, args.init, args.batch)
 
 
 if __name__ == "__main__":

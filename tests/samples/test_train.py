@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dittune
-from dittune.samples.shapes import data, loss_curve, models, train_sd3, world
+from dittune.samples.shapes import bundle_sd3, data, loss_curve, models, train_denoiser, world
 from dittune.samples.shapes.trainer import Trainer, lr_factor
 from tests.tiny import randomise
 
@@ -77,8 +77,8 @@ def test_one_weighted_padding_token_is_exactly_256_of_them():
         with torch.no_grad():
             return transformer(encoder_hidden_states=padded, return_dict=False, **inputs)[0]
 
-    wanted, unweighted = call(train_sd3.T5_TOKENS), call(1)
-    train_sd3.install_padding_weight(transformer)
+    wanted, unweighted = call(bundle_sd3.T5_TOKENS), call(1)
+    bundle_sd3.install_padding_weight(transformer)
     found = call(1)
     assert (found - wanted).abs().max() < 1e-4 < (unweighted - wanted).abs().max()
 
@@ -115,8 +115,8 @@ def test_the_silent_t5_says_nothing():
 
 def test_a_training_can_start_from_the_bundled_weights(tmp_path):
     folder = Path(dittune.checkpoint("shapes-sd3"))
-    bundle = train_sd3.SD3Bundle(models.build_tokenizer(), 6, 128, label_layer=3)
-    train_sd3._load_weights(bundle, folder)
+    bundle = bundle_sd3.SD3Bundle()
+    train_denoiser.load_weights(bundle, folder)
     bundled = type(bundle.transformer).from_pretrained(folder / "transformer")
     for name, value in bundled.state_dict().items():
         assert torch.equal(bundle.transformer.state_dict()[name], value)

@@ -1,0 +1,140 @@
+"""Stage two: a denoiser and its text encoders, trained together from scratch on latents.
+
+Captions are dropped 10 % of the time. A linear head on one middle block also has to say which
+colour and shape each image token belongs to; it is dropped afterwards, and makes the model learn
+objects several times sooner.
+
+A family is one `nn.Module`, its bundle, with
+
+- `parts`: names of its modules that end up in the pipeline;
+- `matrices`: a pattern of parameter names; the matrices among them are trained with Muon;
+- `loss_name`: what the loss log calls the error of the prediction;
+- `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
+- `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
+- `forward(*inputs)` -> (prediction, label logits `[B, 64, 17]`);
+- `pipeline(vae)` -> an ordinary diffusers pipeline.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL
+from torch import nn
+
+from dittune.checkpoints import checkpoint
+from dittune.samples.shapes import data
+from dittune.samples.shapes.bundle_flux import FluxBundle
+from dittune.samples.shapes.bundle_sd import SDBundle
+from dittune.samples.shapes.bundle_sd3 import SD3Bundle
+from dittune.samples.shapes.trainer import Trainer, processes
+
+FAMILIES = {"sd3": SD3Bundle, "flux": FluxBundle, "sd": SDBundle}
+
+
+def split_parameters(bundle: nn.Module) -> tuple[list, list]:
+    """(matrices inside attention and feed-forward layers, everything else)."""
+    hidden, other = [], []
+    for name, parameter in bundle.named_parameters():
+        is_hidden = re.search(bundle.matrices, name) and parameter.ndim == 2
+        (hidden if is_hidden else other).append(parameter)
+    return hidden, other
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of colour plus that of shape, `[B, 64, 17]` each."""
+    logits, colors = logits.float(), data.COLOR_LABELS
+    color = -(labels[..., :colors] * logits[..., :colors].log_softmax(-1)).sum(-1).mean()
+    shape = -(labels[..., colors:] * logits[..., colors:].log_softmax(-1)).sum(-1).mean()
+    return color + shape
+
+
+def train(
+    family: str,
+    work: Path,
+    steps: int,
+    init: Path | None = None,
+    batch: int = 64,
+    scenes: int = data.SCENES,
+    compiled: bool = True,
+) -> None:
+    """Train `work/FAMILY`; `export` makes a pipeline of it.
+
+    Args:
+        init: an exported pipeline folder whose weights a new training starts from.
+        batch: pictures per step, over all processes.
+        scenes: how many training scenes there are.
+        compiled: run through `torch.compile`.
+    """
+    rank, world_size = processes()
+    if rank > 0:
+        dist.barrier()  # the first process writes the autoencoder and the latents
+    vae = provide_autoencoder(work, init)
+    drawn = data.SceneLatents(work, vae, scenes)
+    if rank == 0 and world_size > 1:
+        dist.barrier()
+    torch.manual_seed(4)
+    bundle = FAMILIES[family]()
+    if init is not None:
+        load_weights(bundle, init)
+    config = AutoencoderKL.load_config(vae)
+    offset = (
+        0.0 if bundle.has_shifted_latents else config["shift_factor"] * config["scaling_factor"]
+    )
+    forward = torch.compile(bundle) if compiled else bundle
+    generator = torch.Generator()
+
+    def loss_fn(step: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng((5, step, rank))
+        generator.manual_seed(step * world_size + rank)
+        latents, texts, labels = drawn.batch(batch // world_size, rng)
+        inputs, target = bundle.prepare(latents + offset, texts, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction, logits = forward(*inputs)
+        error = (prediction.float() - target).square().mean()
+        label = label_loss(logits, labels)
+        return {"loss": error + 0.2 * label, bundle.loss_name: error, "label": label}
+
+    hidden, other = split_parameters(bundle)
+    optimizers = [
+        torch.optim.Muon(
+            hidden, lr=2e-3, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(other, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+    Trainer(bundle, optimizers, loss_fn, work / family, steps).run()
+
+
+def provide_autoencoder(work: Path, init: Path | None = None) -> Path:
+    """The folder of the autoencoder of `work`; where it has none, `init`'s or the bundled one.
+
+    Raises:
+        ValueError: `init` was trained on another autoencoder than that of `work`.
+    """
+    source = Path(checkpoint("shapes-sd3")) if init is None else init
+    folder = work / "autoencoder"
+    if not (folder / "vae").exists():
+        shutil.copytree(source / "vae", folder / "vae")
+        shutil.copy(source / "loss-autoencoder.csv", folder / "loss.csv")
+    ours, theirs = (AutoencoderKL.load_config(path / "vae") for path in (folder, source))
+    if init is not None and ours["scaling_factor"] != theirs["scaling_factor"]:
+        raise ValueError(f"{init} and {folder} have different autoencoders; use another --work")
+    return folder / "vae"
+
+
+def latent_shift(vae: Path) -> float:
+    """What `SceneLatents` took off the scaled latents."""
+    config = AutoencoderKL.load_config(vae)
+    return config["shift_factor"] * config["scaling_factor"]
+
+
+def load_weights(bundle: nn.Module, folder: Path) -> None:
+    """Take over the weights of an exported pipeline; the label head starts anew."""
+    for name in bundle.parts:
+        part = getattr(bundle, name)
+        part.load_state_dict(type(part).from_pretrained(folder / name).float().state_dict())
