@@ -66,6 +66,7 @@ class AttnCall(NamedTuple):
             layer costs one compilation a layer. Put tensors into `state` instead.
         state: what the method's own `site_state` returned for this site.
         core: the model's own attention core; `proceed` ends in it.
+        run: the generation this call belongs to.
     """
 
     query: torch.Tensor
@@ -77,6 +78,7 @@ class AttnCall(NamedTuple):
     site: Site
     state: Any
     core: Callable[[AttnCall], torch.Tensor]
+    run: Any
 
     def chunk_of(self, role: Role) -> tuple[int, int] | None:
         """First and one-past-last batch row of a role, or None if the batch has no such rows."""

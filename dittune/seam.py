@@ -85,6 +85,7 @@ class InstalledSite:
             self.site,
             None,
             core,
+            run,
         )
         return self.chain(call)
 

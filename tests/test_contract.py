@@ -17,7 +17,8 @@ NEUTRAL = {
         {"heads": "0:1", "u": 0.0},
         {"heads": "0:1", "scale": 0.0},
         {"heads": "0:1", "start": 0.5, "stop": 0.5},
-    ]
+    ],
+    "merge_padding": [{"start": 0.5, "stop": 0.5}],
 }
 ACTIVE = {
     "softpag": [
@@ -27,7 +28,8 @@ ACTIVE = {
         {"heads": "1:0", "rows": "image", "cols": "image"},
         {"heads": "1:0", "batched": False},
         {"heads": "1:0", "start": 0.5},
-    ]
+    ],
+    "merge_padding": [],  # never changes the picture, only what it costs
 }
 
 

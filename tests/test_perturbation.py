@@ -10,6 +10,7 @@ import dittune
 from dittune import perturbation
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.methods.softpag import PERTURBATIONS
+from dittune.run import Run
 
 # grid, text tokens, text first
 LAYOUTS = [((1, 3, 5), 7, False), ((1, 1, 4), 0, False), ((1, 5, 2), 3, True), ((2, 2, 3), 1, True)]
@@ -96,7 +97,7 @@ def make_call(method, grid, text, text_first, mask=None, scale=None, cross=0):
 
     return AttnCall(
         random(image if cross else total), random(keys), random(keys), options, ("cond", method),
-        layout, site, method.site_state(site, torch.device("cpu")), core,
+        layout, site, method.site_state(site, torch.device("cpu")), core, Run(),
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_one_more_chunk_and_one_chunk_only():
         [10.0, 11.0, 12.0, 13.0, 12.0, 13.0],
     ]
     assert more.kwargs["added"]["pooled"].tolist() == [0.0, 1.0, 2.0, 3.0, 2.0, 3.0]
-    assert [t.tolist() for t in more.kwargs["added"]["deep"]] == [[0, 1, 2, 3, 2, 3]]
+    assert [t.tolist() for t in more.kwargs["added"]["levels"]] == [[0, 1, 2, 3, 2, 3]]
     assert more.kwargs["added"]["none"] is None and len(given.kwargs["added"]["pooled"]) == 4
     assert more.kwargs["other"] == "untouched" and len(given.kwargs["sample"]) == 4
     cond = more.only("cond")
@@ -72,7 +72,9 @@ def call(mask=None):
     options = {} if mask is None else {"attn_mask": mask}
     layout = TokenLayout((0, 3), (3, 5), (1, 1, 3))
     site = Site(0, "joint", "block", 4)
-    return AttnCall(query, key, value, options, ("uncond", "cond", EXTRA), layout, site, None, core)
+    return AttnCall(
+        query, key, value, options, ("uncond", "cond", EXTRA), layout, site, None, core, Run()
+    )
 
 
 def core(call):

@@ -15,6 +15,7 @@ from statistics import fmean
 from tqdm import tqdm
 
 from dittune.heads import HeadSet
+from dittune.methods.merge_padding import MergePadding
 from dittune.pipelines.headhunt.candidates import SoftPAGPerImage
 from dittune.pipelines.headhunt.objectives import Objective
 from dittune.pipelines.headhunt.team import Team
@@ -172,11 +173,12 @@ class _Table:
         prompts, seeds = [key[2] for key in keys], [key[3] for key in keys]
         pairs = list(zip(prompts, seeds, strict=True))
         self.pipeline.methods = [
+            MergePadding(),
             SoftPAGPerImage(
                 per_image=tuple(str(HeadSet(f"{base},{head}")) for base, head, *_ in keys),
                 twin_of=tuple(pairs.index(pair) for pair in pairs),
                 **self.search.method,
-            )
+            ),
         ]
         arguments = {"prompt": prompts, "seed": seeds, **self.search.pipeline}
         images = self.pipeline(**arguments, progress=False).images

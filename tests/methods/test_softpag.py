@@ -7,6 +7,7 @@ from diffusers import StableDiffusion3PAGPipeline
 import dittune
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
+from dittune.run import Run
 from tests.tiny import LAYERS, latents, sd3, sd35
 
 HEADS = 3
@@ -62,7 +63,7 @@ def make_call(grid, text, roles, method, text_first=False, scale=None, spy=None,
     options = {} if scale is None else {"scale": scale}
     roles = tuple(method if role == "softpag" else role for role in roles)
     state = method.site_state(site, torch.device("cpu"))
-    return AttnCall(query, key, value, options, roles, layout, site, state, core)
+    return AttnCall(query, key, value, options, roles, layout, site, state, core, Run())
 
 
 def proceed(call):

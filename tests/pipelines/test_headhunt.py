@@ -100,7 +100,7 @@ class Stub:
         self.methods, self.made = [], []
 
     def __call__(self, prompt, seed, progress, **settings):
-        (method,) = self.methods
+        _, method = self.methods
         keys = list(zip(method.per_image, prompt, seed, strict=True))
         self.made += keys
         return type("Result", (), {"images": keys})

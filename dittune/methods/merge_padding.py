@@ -1,0 +1,82 @@
+"""Compute equal text tokens once: the same result from fewer tokens.
+
+Models without positions on their text keep equal tokens equal through every block: the zero vectors
+that stand for a missing T5 in SD3, or the padding of a text encoder that gives all of it one
+vector. One of `n` such tokens is kept, and `log n` is added to its logit wherever it is a key, so
+that every softmax stays what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dittune.call import AttnCall, Site
+from dittune.errors import ConfigError
+from dittune.method import Method
+from dittune.run import ModelInputs, Run
+
+TEXT, POSITIONS = "encoder_hidden_states", "txt_ids"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePadding(Method):
+    """Merge the equal tokens at the end of the text; exact up to rounding.
+
+    List it first, so that the methods after it see the shorter text. Where the last tokens differ
+    it does nothing. Not exact beside softpag's `mean_query` over all rows and its `cols="image"`,
+    which count the merged token once.
+
+    Raises:
+        ConfigError: while generating, if the model masks its attention already.
+    """
+
+    def sites(self, available: Sequence[Site]) -> Sequence[Site]:
+        return [site for site in available if site.kind in ("joint", "cross")]
+
+    def around_model(
+        self, inputs: ModelInputs, model: Callable[[ModelInputs], torch.Tensor]
+    ) -> torch.Tensor:
+        memory = inputs.run.memory(self)
+        memory.equal = count = _equal_at_the_end(inputs.kwargs)
+        if count < 2:
+            return model(inputs)
+        kwargs = dict(inputs.kwargs)
+        kept = kwargs[TEXT].shape[1] - count + 1
+        kwargs[TEXT] = kwargs[TEXT][:, :kept]
+        if kwargs.get(POSITIONS) is not None:
+            kwargs[POSITIONS] = kwargs[POSITIONS][..., :kept, :]
+        return model(replace(inputs, kwargs=kwargs))
+
+    def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
+        count = call.run.memory(self).equal
+        if count < 2:
+            return proceed(call)
+        bias = call.query.new_zeros(1, 1, 1, call.key.shape[2])
+        bias[..., call.layout.text[1] - 1] = math.log(count)
+        return proceed(call._replace(core=functools.partial(_with_bias, call.core, bias)))
+
+    def report(self, run: Run) -> dict[str, Any]:
+        return {"merged_tokens": getattr(run.memory(self), "equal", 0)}
+
+
+def _with_bias(core: Callable, bias: torch.Tensor, call: AttnCall) -> torch.Tensor:
+    if call.options.get("attn_mask") is not None:
+        raise ConfigError("merge_padding: the model masks its attention already; leave it out")
+    return core(call._replace(options={**call.options, "attn_mask": bias}))
+
+
+def _equal_at_the_end(kwargs: dict[str, Any]) -> int:
+    """How many tokens at the end of every row's text are equal to its last one, positions too."""
+    text = kwargs[TEXT]
+    same = (text == text[:, -1:]).all(-1).all(0)  # (T,)
+    positions = kwargs.get(POSITIONS)
+    if positions is not None:
+        positions = positions[0] if positions.ndim == 3 else positions
+        same = same & (positions == positions[-1:]).all(-1)
+    return int(same.flip(0).long().cumprod(0).sum())
