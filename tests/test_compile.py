@@ -70,20 +70,19 @@ def test_compiled_blocks_equal_eager(backend, u, compile_first):
     torch.testing.assert_close(latents(pipe, steps=3), plain, atol=2e-4, rtol=1e-3)  # detached
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_of_every_family_are_whole_graphs(family):
+@pytest.mark.parametrize("family", ["flux", "sd", "sdxl"])
+def test_blocks_of_the_other_families_are_whole_graphs(family):
     """With methods at all sites, and at a second size."""
     pipe = FAMILIES[family]()
     method = dittune.SoftPAG(heads="0:1,1:0,2:*", u=0.5)
+    wide = {"height": 16, "width": 64}
     with dittune.attach(pipe, method):
-        eager = latents(pipe)
-        wide = latents(pipe, height=16, width=64)
+        eager = [latents(pipe, steps=1, **size) for size in ({}, wide)]
     with dittune.attach(pipe, method, Nothing()):
         compile_blocks(pipe, "aot_eager")
-        torch.testing.assert_close(latents(pipe), eager, atol=2e-3, rtol=1e-3)
-        assert graphs() >= 1
-        found = latents(pipe, height=16, width=64)
-        torch.testing.assert_close(found, wide, atol=2e-3, rtol=1e-3)
+        compiled = [latents(pipe, steps=1, **size) for size in ({}, wide)]
+    assert graphs() >= 2
+    torch.testing.assert_close(compiled, eager, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
