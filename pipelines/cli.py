@@ -186,6 +186,18 @@ def bench_attach(
     emit(result) if as_json else print(bench.as_text(result))
 
 
+@bench_app.command("headhunt")
+def bench_headhunt(
+    model: Model = "shapes-sd3",
+    rounds: Annotated[int, typer.Option(min=1, help="timed pairs")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="images a call")] = 16,
+) -> None:
+    """Images a second that the search scores, against a loop over single images; JSON."""
+    from dittune.pipelines.headhunt import bench
+
+    emit(bench.bench_headhunt(model, rounds=rounds, batch=batch))
+
+
 @app.command()
 def methods(as_json: Json = False) -> None:
     """List the methods and their settings."""

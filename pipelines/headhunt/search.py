@@ -122,10 +122,7 @@ def hunt(
             pool = [head for head in heads if head not in {f.head for f in found}]
             for count, kept in search.rungs(len(pool), len(pairs)):
                 scores = table.scores(base, pool, pairs[:count])
-                ranked = sorted(
-                    pool, key=lambda head: -fmean(scores[head])
-                )  # stable: ties by order
-                pool = ranked[:kept]
+                pool = sorted(pool, key=lambda head: -fmean(scores[head]))[:kept]  # ties by order
             found += [Found(head, fmean(scores[head]), number) for head in pool]
     return found, plain
 
