@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=64, help="pictures per step of a family")
     parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
+    parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
     args = parser.parse_args()
     if (args.stage == "export") != (args.family is not None):
@@ -39,7 +40,8 @@ def main() -> None:
         out = args.out or Path(f"samples/checkpoints/shapes-{args.family}")
         export(args.family, args.work, out)
     else:
-        train_denoiser.train(args.stage, args.work, args.steps, args.init, args.batch)
+        settings = {"init": args.init, "batch": args.batch, "compiled": not args.eager}
+        train_denoiser.train(args.stage, args.work, args.steps, **settings)
 
 
 if __name__ == "__main__":
