@@ -124,10 +124,12 @@ def evaluate(
     labels = list(dict.fromkeys(method or ["none"]))
     wanted = dict.fromkeys(map(without_guidance, labels))
     resolved = resolve_flags(config, None, flags, [m for m in wanted if m != "none"], set_)
-    table, document = eval_command(
+    result = eval_command(
         resolved, labels, sweep or [], prompts, seeds, limit, batch, objective, out
     )
-    emit(document) if as_json else print(table)
+    if result is not None:  # else a further process of `accelerate launch`
+        table, document = result
+        emit(document) if as_json else print(table)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from dittune.pipelines.eval_table import as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
 from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.team import Team
 
 PLAIN = "none"
 
@@ -29,7 +30,7 @@ def eval_command(
     batch: int,
     objective: str | None,
     out: Path,
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, Any]] | None:
     """Score variants of a model.
 
     Args:
@@ -41,7 +42,7 @@ def eval_command(
 
     Returns:
         The table as Markdown, and the document for `--json`; both are also written to `out`, with
-        `curves.svg` if there are sweeps.
+        `curves.svg` if there are sweeps. None in all processes but the first.
 
     Raises:
         ConfigError: a variant, sweep, prompt or objective that cannot be understood.
@@ -54,10 +55,14 @@ def eval_command(
     settings = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
     judge = load_objective(objective) if objective else None
-    pipeline = Pipeline.from_pretrained(config.model, device=config.device, dtype=config.dtype)
+    team = Team()
+    device = team.device(config.device)
+    pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
     scores = evaluate(
         pipeline, variants, texts, range(seeds), out, batch, objective=judge, **settings
     )
+    if team.rank > 0:
+        return None
     rows = summarize(scores)
     table = as_markdown(rows)
     document = {"prompts": prompts, "seeds": seeds, "config": vars(config), "rows": rows}

@@ -25,6 +25,7 @@ from dittune.method import Method
 from dittune.pipelines.media import grid
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
+from dittune.pipelines.team import Team
 from dittune.samples.shapes import score, world
 from dittune.samples.shapes.prompts import PROMPT_SETS, prompt_set
 
@@ -108,7 +109,7 @@ def evaluate(
     Args:
         pipeline: its own `methods` are replaced by each variant's.
         seeds: image `j` of a prompt is made with the `j`-th of these.
-        out: folder for `images.csv` and `grid.png`.
+        out: folder for `images.csv` (of further processes `images.1.csv`, ...) and `grid.png`.
         batch: images made in one call.
         objective: (images, prompts) -> one more score an image.
         settings: passed to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
@@ -117,19 +118,25 @@ def evaluate(
         All scores, those of an earlier run included.
     """
     out.mkdir(parents=True, exist_ok=True)
-    log = RowLog(out / "images.csv", ImageScore)
-    scores = log.read()
+    team = Team()
+    log = RowLog(team.own(out / "images.csv"), ImageScore)
+    paths = team.logs(out / "images.csv") if team.rank == 0 else []
+    scores = team.gather([score for path in paths for score in RowLog(path, ImageScore).read()])
     done = {(s.variant, s.prompt, s.seed) for s in scores}
     wanted = [(prompt, seed) for seed in seeds for prompt in prompts]
     todo = {v.label: [w for w in wanted if (v.label, *w) not in done] for v in variants}
-    with tqdm(total=sum(map(len, todo.values())), desc="eval", unit="image") as bar:
+    total = sum(map(len, todo.values()))
+    made: list[ImageScore] = []
+    with tqdm(total=total, desc="eval", unit="image", disable=team.rank > 0) as bar:
         for variant in variants:
-            for jobs in _chunks(todo[variant.label], batch):
+            for jobs in team.share(list(_chunks(todo[variant.label], batch))):
                 new = _score_batch(pipeline, variant, jobs, objective, settings)
                 log.append(new)
-                scores += new
-                bar.update(len(jobs))
-    _write_grid(pipeline, variants, wanted[0][1], prompts, out, settings)
+                made += new
+                bar.update(len(jobs) * team.size)
+    scores += team.gather(made)
+    if team.rank == 0:
+        _write_grid(pipeline, variants, wanted[0][1], prompts, out, settings)
     asked = set(wanted)
     asked_scores = [s for s in scores if s.variant in todo and (s.prompt, s.seed) in asked]
     return sorted(asked_scores, key=lambda s: list(todo).index(s.variant))

@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from dittune.config import RunConfig, write_yaml
 from dittune.errors import ConfigError
 from dittune.methods.softpag import KINDS
@@ -19,9 +17,9 @@ from dittune.pipelines.evaluate import load_prompts
 from dittune.pipelines.headhunt import heat_map
 from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_objective
 from dittune.pipelines.headhunt.search import Found, Search, Trial, hunt
-from dittune.pipelines.headhunt.team import Team
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
+from dittune.pipelines.team import Team
 
 
 def headhunt_command(
@@ -74,9 +72,7 @@ def headhunt_command(
     }
     if team.rank == 0:
         _claim(out, identity)
-    device = config.device
-    if device == "auto" and team.size > 1 and torch.cuda.is_available():
-        device = f"cuda:{team.local_rank}"
+    device = team.device(config.device)
     pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
     judge = load_objective(objective, objective_model, str(pipeline.pipe.device))
     heads = head_pool(pipeline, method.get("kind", ""))
@@ -92,7 +88,7 @@ def headhunt_command(
         return None
     config.methods = {"softpag": {**config.methods["softpag"], "heads": _joined(found)}}
     out.write_text(_comment(found, plain, objective) + write_yaml(config), encoding="utf-8")
-    _draw(log, found, plain, objective, out)
+    _draw(team, log, found, plain, objective, out)
     return {
         "plain": plain,
         "heads": [dataclasses.asdict(head) for head in found],
@@ -143,10 +139,12 @@ def _comment(found: Sequence[Found], plain: float, objective: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw(log: Path, found: Sequence[Found], plain: float, objective: str, out: Path) -> None:
+def _draw(
+    team: Team, log: Path, found: Sequence[Found], plain: float, objective: str, out: Path
+) -> None:
     """The first round: every head alone."""
     rows = []
-    for path in [log, *sorted(log.parent.glob(f"{log.stem}.*{log.suffix}"))]:
+    for path in team.logs(log):
         rows += RowLog(path, Trial).read()
     alone: dict[str, list[float]] = {}
     for row in rows:

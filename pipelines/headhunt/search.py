@@ -18,9 +18,9 @@ from dittune.heads import HeadSet
 from dittune.methods.merge_padding import MergePadding
 from dittune.pipelines.headhunt.candidates import SoftPAGPerImage
 from dittune.pipelines.headhunt.objectives import Objective
-from dittune.pipelines.headhunt.team import Team
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
+from dittune.pipelines.team import Team
 
 KEPT_SHARE = 0.5  # of the candidates, after each rung but the last of successive halving
 RUNGS = (0.25, 0.5, 1.0)  # shares of the prompt-seed pairs that survivors have been tried on
@@ -139,7 +139,7 @@ class _Table:
         """Read what all processes of this and earlier runs have written, if this is the first."""
         rows = []
         if self.team.rank == 0:
-            for path in [log, *sorted(log.parent.glob(f"{log.stem}.*{log.suffix}"))]:
+            for path in self.team.logs(log):
                 rows += RowLog(path, Trial).read()
         self._learn(self.team.gather(rows))
         self.bar.update(len(self.known))
@@ -154,7 +154,7 @@ class _Table:
             missing[i : i + self.search.batch] for i in range(0, len(missing), self.search.batch)
         ]
         made = []
-        for batch in batches[self.team.rank :: self.team.size]:
+        for batch in self.team.share(batches):
             trials = self._try(batch)
             self.log.append(trials)
             made += trials

@@ -15,6 +15,7 @@ import dittune
 from dittune.errors import ConfigError, DittuneError
 from dittune.pipelines import bench, cli, eval_table, evaluate
 from dittune.pipelines.evaluate import ImageScore, Variant
+from dittune.pipelines.row_log import RowLog
 from dittune.samples.shapes import world
 from dittune.samples.shapes.prompts import prompt_set
 
@@ -153,6 +154,29 @@ def test_sweeps_guidance_and_a_further_score(saved, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([str(a) for a in [*arguments, flag, value, "--out", tmp_path]])
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_processes_share_the_work(tmp_path, monkeypatch):
+    """Two of them, one after the other: together they make every image once."""
+
+    class Second(evaluate.Team):
+        def __init__(self):
+            self.rank, self.size, self.local_rank = 1, 2, 1
+
+    class First(Second):
+        def __init__(self):
+            self.rank, self.size, self.local_rank = 0, 2, 0
+
+        def logs(self, log):
+            return []  # both begin at the same time
+
+    for team, count in ((Second, 4), (First, 8)):
+        monkeypatch.setattr(evaluate, "Team", team)
+        run(Painter(), tmp_path)
+        assert len(RowLog(team().own(tmp_path / "images.csv"), ImageScore).read()) == count
+    paths = Second().logs(tmp_path / "images.csv")
+    made = [(s.variant, s.prompt, s.seed) for p in paths for s in RowLog(p, ImageScore).read()]
+    assert len(paths) == 2 and len(made) == len(set(made)) == 12
 
 
 def test_peak_memory_sees_an_allocation():

@@ -1,9 +1,11 @@
-"""The processes that share a search: one, or those that `accelerate launch` has started."""
+"""The processes that share a command: one, or those that `accelerate launch` has started."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 class Team:
@@ -16,16 +18,28 @@ class Team:
     """
 
     def __init__(self) -> None:
-        import torch
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.accelerator.is_available())
         self.rank, self.size = state.process_index, state.num_processes
         self.local_rank = state.local_process_index
 
+    def device(self, wanted: str) -> str:
+        """The device of this process: `auto` with several processes is one GPU each."""
+        spread = wanted == "auto" and self.size > 1 and torch.cuda.is_available()
+        return f"cuda:{self.local_rank}" if spread else wanted
+
     def own(self, log: Path) -> Path:
         """The file this process writes instead of `log`."""
         return log if self.rank == 0 else log.with_suffix(f".{self.rank}{log.suffix}")
+
+    def logs(self, log: Path) -> list[Path]:
+        """The files of all processes of this and earlier runs."""
+        return [log, *sorted(log.parent.glob(f"{log.stem}.*{log.suffix}"))]
+
+    def share(self, jobs: list[Any]) -> list[Any]:
+        """The jobs of this process."""
+        return jobs[self.rank :: self.size]
 
     def gather(self, rows: list[Any]) -> list[Any]:
         """The rows of all processes, in every process; waits for all of them."""
