@@ -61,4 +61,6 @@ def resolve_flags(config: Path | None, source: Path | None, flags: dict, method,
     content |= {key: value for key, value in flags.items() if value is not None}
     if source is not None:
         generation.check_recorded_model(content.get("model"))
+        for warning in generation.other_weights(source, str(content["model"])):
+            say(f"warning: {warning}")
     return resolve(content, method or (), set_ or ())

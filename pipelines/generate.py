@@ -16,6 +16,7 @@ from typing import Any
 import dittune
 from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
+from dittune.pipelines.loading import fingerprint
 from dittune.pipelines.media import read_record, save_png
 from dittune.pipelines.pipeline import MAX_SEED, Pipeline, public_name
 
@@ -81,11 +82,16 @@ def prepare(config: RunConfig, out: Path) -> list[Job]:
     if config.seed is None:
         config.seed = secrets.randbelow(2**31)
     todo = []
+    weights = fingerprint(config.model)
     for job in jobs(config, out):
         if not job.path.exists():
             todo.append(job)
-        elif read_record(job.path).get("config") != _settings(config, job):
+            continue
+        record = read_record(job.path)
+        if record.get("config") != _settings(config, job):
             raise ConfigError(f"{job.path} was made with other settings; choose another --out")
+        if record.get("weights") != weights:
+            raise ConfigError(f"{job.path} was made with other weights; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".dittune-{os.getpid()}"
@@ -104,6 +110,7 @@ def run(config: RunConfig, todo: list[Job], pipeline: Pipeline) -> Iterator[tupl
     arguments["guidance_scale"] = config.guidance_scale
     arguments["width"], arguments["height"] = size or (None, None)
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    weights = fingerprint(config.model)
     for job in todo:
         result = pipeline(job.prompt, seed=job.seed, **arguments)
         image = result.images[0]
@@ -112,6 +119,7 @@ def run(config: RunConfig, todo: list[Job], pipeline: Pipeline) -> Iterator[tupl
             "seed": job.seed,
             "size": "{}x{}".format(*image.size),
             "config": _settings(config, job),
+            "weights": weights,
             **{key: result.record[key] for key in ("device", "dtype", "versions")},
             "report": result.record["report"],
         }
@@ -152,6 +160,14 @@ def check_recorded_model(name: Any) -> None:
     name = str(name)
     if "/" not in name and name not in dittune.available_checkpoints() and not Path(name).is_dir():
         raise ConfigError(f"the picture was made with the local model {name!r}; add --model FOLDER")
+
+
+def other_weights(path: Path, model: str) -> list[str]:
+    """A warning if a picture was made with other weights than `model` has now."""
+    recorded = read_record(path).get("weights")
+    if recorded in (None, fingerprint(model)):
+        return []
+    return [f"{path} was made with other weights than those of {model}; it will look different"]
 
 
 def _version(name: str) -> str:

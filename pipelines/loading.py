@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,25 @@ def locate(name_or_path: str) -> str:
         if path.suffix == ".safetensors":
             _check_safetensors(path)
     return str(folder)
+
+
+def fingerprint(name_or_path: str) -> str | None:
+    """Tells weights of one name apart: a hash of names, sizes and ends of the safetensors.
+
+    None for a hub id: its weights are not looked at before they are needed.
+    """
+    folder = Path(locate(name_or_path))
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -139,7 +139,8 @@ def test_dry_run_writes_nothing(generate, tmp_path):
 
 def test_lists(dittune, saved):
     assert "softpag" in dittune("methods")[1]
-    assert json.loads(dittune("methods", "--json")[1])[0]["settings"]["u"] == 1.0
+    listed = {m["name"]: m["settings"] for m in json.loads(dittune("methods", "--json")[1])}
+    assert listed["softpag"]["u"] == 1.0
     listed = dittune("models")[1]
     assert all(family in listed for family in ("sd3", "flux", "unet"))
     assert all(f"{name}Model" in listed for name in ("SD3Transformer2D", "UNet2DCondition"))

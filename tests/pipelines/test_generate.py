@@ -74,3 +74,16 @@ def test_what_is_refused_before_a_model_is_loaded(tmp_path, settings, match):
     with pytest.raises(ConfigError, match=match):
         generate.prepare(RunConfig(**{"prompts": ["a"], **settings}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_of_the_same_name_are_told_and_not_mixed(model, tmp_path):
+    path = made(model, tmp_path)
+    assert len(read_record(path)["weights"]) == 12
+    assert generate.other_weights(path, str(model)) == []
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "made with other weights" in generate.other_weights(path, str(model))[0]
+    with pytest.raises(ConfigError, match="was made with other weights; choose another --out"):
+        made(model, tmp_path)
