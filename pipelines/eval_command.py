@@ -11,7 +11,7 @@ from typing import Any
 from dittune.config import RunConfig, build_methods, resolve
 from dittune.errors import ConfigError
 from dittune.pipelines import curves
-from dittune.pipelines.eval_table import as_markdown, summarize
+from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
 from dittune.pipelines.pipeline import Pipeline
@@ -65,7 +65,20 @@ def eval_command(
         return None
     rows = summarize(scores)
     table = as_markdown(rows)
+    versus = {}
+    for sweep, group in swept.items():
+        gaps = against_sweep(scores, [v.label for v in variants[: len(labels)]],
+                             [v.label for v in group])  # fmt: skip
+        versus[sweep.partition("=")[0]] = gaps
+        table += "\n" + "".join(
+            "{} - mean of {}: {:+.1f} ({:+.1f} to {:+.1f})\n".format(
+                label, sweep.partition("=")[0], *(100 * x for x in gap)
+            )
+            for label, gap in gaps.items()
+            if gap
+        )
     document = {"prompts": prompts, "seeds": seeds, "config": vars(config), "rows": rows}
+    document["against_sweeps"] = versus
     (out / "table.md").write_text(table, encoding="utf-8")
     (out / "table.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
     if sweeps:

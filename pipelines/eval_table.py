@@ -28,19 +28,40 @@ def paired_difference(
 ) -> tuple[float, float, float] | None:
     """Mean difference to the baseline on the same prompts and seeds, with a 95 % interval.
 
-    Seeds of one prompt are not independent, so the interval is over per-prompt means.
+    Seeds of one prompt are not independent, so the interval is over per-prompt means. A baseline of
+    several variants counts by its mean.
     """
-    base = {(s.prompt, s.seed): getattr(s, what) for s in baseline}
+    base: dict[tuple[str, int], float] = {}
+    for key, values in _grouped(baseline, what).items():
+        base[key] = float(np.mean(values))
     by_prompt: dict[str, list[float]] = {}
     for s in scores:
         if (s.prompt, s.seed) in base:
-            difference = float(getattr(s, what)) - float(base[s.prompt, s.seed])
+            difference = float(getattr(s, what)) - base[s.prompt, s.seed]
             by_prompt.setdefault(s.prompt, []).append(difference)
     if len(by_prompt) < 2:
         return None
     means = np.array([np.mean(values) for values in by_prompt.values()])
     half = Z95 * means.std(ddof=1) / math.sqrt(len(means))
     return float(means.mean()), float(means.mean() - half), float(means.mean() + half)
+
+
+def _grouped(scores: Sequence[ImageScore], what: str) -> dict[tuple[str, int], list[float]]:
+    found: dict[tuple[str, int], list[float]] = {}
+    for s in scores:
+        found.setdefault((s.prompt, s.seed), []).append(float(getattr(s, what)))
+    return found
+
+
+def against_sweep(
+    scores: Sequence[ImageScore], labels: Sequence[str], swept: Sequence[str]
+) -> dict[str, tuple[float, float, float] | None]:
+    """Paired difference of each label to the mean of the swept variants, e.g. random head sets."""
+    mean = [s for s in scores if s.variant in swept]
+    return {
+        label: paired_difference([s for s in scores if s.variant == label], mean)
+        for label in labels
+    }
 
 
 def summarize(scores: Sequence[ImageScore]) -> list[dict[str, Any]]:

@@ -87,6 +87,20 @@ def test_paired_difference_is_over_prompts():
     assert eval_table.paired_difference(better[:2], base[:2]) is None
 
 
+def test_difference_to_the_mean_of_a_sweep():
+    def scores(variant, hits):
+        return [
+            ImageScore(variant, str(p), 0, 1, p < hits, True, True, 0, math.nan, 0.1, 1.0)
+            for p in range(40)
+        ]
+
+    every = scores("found", 30) + scores("a", 10) + scores("b", 20)
+    (gap,) = eval_table.against_sweep(every, ["found"], ["a", "b"]).values()
+    by_prompt = [0.0] * 10 + [0.5] * 10 + [1.0] * 10 + [0.0] * 10
+    assert gap[0] == pytest.approx(np.mean(by_prompt))
+    assert gap[2] - gap[0] == pytest.approx(1.96 * np.std(by_prompt, ddof=1) / 40**0.5, rel=1e-3)
+
+
 def test_prompts(tmp_path):
     assert evaluate.load_prompts("test") == list(prompt_set("test"))
     some = evaluate.load_prompts("test", 24)
@@ -144,6 +158,7 @@ def test_sweeps_guidance_and_a_further_score(saved, tmp_path, capsys):
     assert rows["none@4"]["objective_difference"][0] == pytest.approx(
         values["none@4"] - values["none"], abs=2e-4
     )
+    assert "none@4 - mean of pag.first: " in (tmp_path / "table.md").read_text()
     picture = ElementTree.parse(tmp_path / "curves.svg").getroot()
     assert len(picture.findall("{*}circle")) == 4 and len(picture.findall("{*}polyline")) == 2
     for flag, value, message in (
