@@ -11,6 +11,7 @@ from typing import Any
 from dittune.config import RunConfig, build_methods, resolve
 from dittune.errors import ConfigError
 from dittune.pipelines import curves
+from dittune.pipelines.arguments import call_settings
 from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
@@ -52,14 +53,19 @@ def eval_command(
     variants = [_variant(label, built) for label in labels]
     swept = {sweep: _sweep(sweep, config) for sweep in sweeps}
     variants += [variant for group in swept.values() for variant in group]
-    settings = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
-    settings = {name: value for name, value in settings.items() if value is not None}
     judge = load_objective(objective) if objective else None
     team = Team()
     device = team.device(config.device)
     pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
     scores = evaluate(
-        pipeline, variants, texts, range(seeds), out, batch, objective=judge, **settings
+        pipeline,
+        variants,
+        texts,
+        range(seeds),
+        out,
+        batch,
+        objective=judge,
+        **call_settings(pipeline.pipe, config),
     )
     if team.rank > 0:
         return None

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dittune.errors import ConfigError
 from dittune.method import Method
+from dittune.pipelines.arguments import guidance
 from dittune.pipelines.media import grid
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
@@ -145,7 +146,7 @@ def evaluate(
 def _make(pipeline, variant: Variant, prompts, seeds, settings) -> list:
     pipeline.methods = list(variant.methods)
     if variant.guidance_scale is not None:
-        settings = {**settings, "guidance_scale": variant.guidance_scale}
+        settings = {**settings, **guidance(pipeline.pipe, variant.guidance_scale)}
     return pipeline(prompts, seed=seeds, progress=False, **settings).images
 
 

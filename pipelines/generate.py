@@ -16,6 +16,7 @@ from typing import Any
 import dittune
 from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
+from dittune.pipelines.arguments import call_settings, image_size
 from dittune.pipelines.loading import fingerprint
 from dittune.pipelines.media import read_record, save_png
 from dittune.pipelines.pipeline import MAX_SEED, Pipeline, public_name
@@ -49,17 +50,6 @@ def check(config: RunConfig) -> None:
     if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
         raise ConfigError(f"guidance_scale must be a finite number, got {config.guidance_scale}")
     image_size(config)
-
-
-def image_size(config: RunConfig) -> tuple[int, int] | None:
-    """(width, height) of the configuration, None for the model's own size."""
-    if not config.size:
-        return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", config.size)
-    if not match:
-        raise ConfigError(f"size is written SIDE or WIDTHxHEIGHT in pixels, got {config.size!r}")
-    width = int(match[1])
-    return width, int(match[2] or width)
 
 
 def jobs(config: RunConfig, out: Path) -> list[Job]:
@@ -104,12 +94,7 @@ def prepare(config: RunConfig, out: Path) -> list[Job]:
 
 def run(config: RunConfig, todo: list[Job], pipeline: Pipeline) -> Iterator[tuple[Job, dict]]:
     """Make the images one by one; yields each with its record once it is on disk."""
-    size = image_size(config)
-    arguments: dict[str, Any] = {"negative_prompt": config.negative_prompt or None}
-    arguments["num_inference_steps"] = config.steps
-    arguments["guidance_scale"] = config.guidance_scale
-    arguments["width"], arguments["height"] = size or (None, None)
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    arguments = call_settings(pipeline.pipe, config)
     weights = fingerprint(config.model)
     for job in todo:
         result = pipeline(job.prompt, seed=job.seed, **arguments)

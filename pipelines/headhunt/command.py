@@ -13,6 +13,7 @@ from dittune.config import RunConfig, write_yaml
 from dittune.errors import ConfigError
 from dittune.methods.softpag import KINDS
 from dittune.models import DENOISER_NAMES, facts_for
+from dittune.pipelines.arguments import call_settings
 from dittune.pipelines.evaluate import load_prompts
 from dittune.pipelines.headhunt import heat_map
 from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_objective
@@ -53,8 +54,9 @@ def headhunt_command(
     texts = _prompts(prompts, limit, objective)
     method = dict(config.methods["softpag"])
     method.pop("heads")
-    settings = {"num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    device = team.device(config.device)
+    pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
+    settings = call_settings(pipeline.pipe, config)
     search = Search(
         rounds=rounds,
         per_round=per_round,
@@ -72,8 +74,6 @@ def headhunt_command(
     }
     if team.rank == 0:
         _claim(out, identity)
-    device = team.device(config.device)
-    pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
     judge = load_objective(objective, objective_model, str(pipeline.pipe.device))
     heads = head_pool(pipeline, method.get("kind", ""))
     if rounds * per_round > len(heads):
