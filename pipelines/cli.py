@@ -102,6 +102,7 @@ def evaluate(
     set_: Sets = None,
     sweep: Annotated[list[str] | None, typer.Option(help="METHOD.FIELD=V1;V2;...")] = None,
     objective: Annotated[str | None, typer.Option(help="one more score, as of headhunt")] = None,
+    merge_padding: Annotated[bool, typer.Option(help="compute equal text tokens once")] = False,
     config: ConfigFile = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
@@ -125,7 +126,7 @@ def evaluate(
     wanted = dict.fromkeys(map(without_guidance, labels))
     resolved = resolve_flags(config, None, flags, [m for m in wanted if m != "none"], set_)
     result = eval_command(
-        resolved, labels, sweep or [], prompts, seeds, limit, batch, objective, out
+        resolved, labels, sweep or [], prompts, seeds, limit, batch, objective, merge_padding, out
     )
     if result is not None:  # else a further process of `accelerate launch`
         table, document = result

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dittune.config import RunConfig, build_methods, resolve
 from dittune.errors import ConfigError
+from dittune.methods.merge_padding import MergePadding
 from dittune.pipelines import curves
 from dittune.pipelines.arguments import call_settings
 from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
@@ -30,6 +31,7 @@ def eval_command(
     limit: int | None,
     batch: int,
     objective: str | None,
+    merge_padding: bool,
     out: Path,
 ) -> tuple[str, dict[str, Any]] | None:
     """Score variants of a model.
@@ -40,6 +42,7 @@ def eval_command(
             are labels of methods; `LABEL@G` is one under guidance scale G.
         sweeps: `LABEL.FIELD=V1;V2;...`: one more variant of a method for each value.
         objective: a further score, see `load_objective`.
+        merge_padding: compute equal text tokens once in every variant: the same, but for rounding.
 
     Returns:
         The table as Markdown, and the document for `--json`; both are also written to `out`, with
@@ -53,6 +56,8 @@ def eval_command(
     variants = [_variant(label, built) for label in labels]
     swept = {sweep: _sweep(sweep, config) for sweep in sweeps}
     variants += [variant for group in swept.values() for variant in group]
+    if merge_padding:
+        variants = [replace(v, methods=(MergePadding(), *v.methods)) for v in variants]
     judge = load_objective(objective) if objective else None
     team = Team()
     device = team.device(config.device)
@@ -127,7 +132,7 @@ def _sweep(sweep: str, config: RunConfig) -> list[Variant]:
         raise ConfigError(f"--sweep is written METHOD.FIELD=V1;V2;..., got {sweep!r}")
     if label not in config.methods:
         raise ConfigError(f"--sweep {sweep}: method {label!r} is not in use; add --method {label}")
-    content = dataclasses.asdict(config)
+    content = asdict(config)
     variants = []
     for value in values.split(";"):
         changed = resolve(content, (), [f"{path}={value}"])

@@ -161,6 +161,11 @@ def test_sweeps_guidance_and_a_further_score(saved, tmp_path, capsys):
     assert "none@4 - mean of pag.first: " in (tmp_path / "table.md").read_text()
     picture = ElementTree.parse(tmp_path / "curves.svg").getroot()
     assert len(picture.findall("{*}circle")) == 4 and len(picture.findall("{*}polyline")) == 2
+    fast = [*arguments[:-6], "--merge-padding", "--objective", arguments[-1]]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in [*fast, "--out", tmp_path / "fast", "--json"]])
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        assert row["objective"] == pytest.approx(values[row["variant"]], abs=0.5)
     for flag, value, message in (
         ("--sweep", "pag.first", "is written METHOD.FIELD=V1;V2"),
         ("--sweep", "other.u=1", "method 'other' is not in use"),
