@@ -46,7 +46,17 @@ class RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without base-60 numbers (`2:1` would be 121) and with floats such as `1e-3`."""
+    """YAML without base-60 numbers (`2:1` would be 121), with floats such as `1e-3`, and in which a
+    key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
