@@ -1,0 +1,45 @@
+"""The bundled checkpoints are ordinary diffusers folders, as the README's first example uses them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+import dittune
+
+
+@pytest.mark.parametrize("name", dittune.available_checkpoints())
+def test_it_is_small_and_names_no_machine(name):
+    folder = Path(dittune.checkpoint(name))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16 * 2**20
+    assert {"README.md", "model_index.json"} <= {path.name for path in files}
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        assert "_name_or_path" not in content
+        assert not [v for v in content.values() if isinstance(v, str) and v.startswith("/")]
+
+
+@pytest.mark.parametrize("name", dittune.available_checkpoints())
+def test_diffusers_alone_loads_and_runs_it(name):
+    pipe = DiffusionPipeline.from_pretrained(dittune.checkpoint(name))
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe("a red circle", num_inference_steps=1, height=64, width=64)
+    assert output.images[0].size == (64, 64)
+
+
+def test_the_first_example_of_the_readme():
+    pipe = StableDiffusion3Pipeline.from_pretrained(dittune.checkpoint("shapes-sd3"))
+    pipe.set_progress_bar_config(disable=True)
+
+    def image():
+        generator = torch.Generator().manual_seed(7)
+        return pipe("a red circle and a blue square", num_inference_steps=4, generator=generator)
+
+    plain = image().images[0]
+    assert plain.size == (64, 64)
+    with dittune.attach(pipe, dittune.SoftPAG(heads="1:*", u=1.0, scale=2.0)):
+        steered = image().images[0]
+    assert steered != plain and image().images[0] == plain
