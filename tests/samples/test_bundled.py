@@ -1,4 +1,4 @@
-"""The bundled checkpoints are ordinary diffusers folders, as the README's first example uses them."""
+"""The bundled checkpoints are ordinary diffusers folders, and the README's first example runs."""
 
 import json
 from pathlib import Path
