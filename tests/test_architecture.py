@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "dittune/attach.py": {"class_swap", "denoiser", "errors", "method", "models", "run"},
     "dittune/methods/": {"call", "errors", "heads", "kernels", "method", "run"},
     "dittune/models/": {"call", "errors"},
+    "dittune/patterns/": {"errors", "patterns"},
     "kernels/": {"kernels"},
 }  # fmt: skip
 
