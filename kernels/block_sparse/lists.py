@@ -153,14 +153,14 @@ def pairs_allowed(
     elif task.rule == "none":
         return seen
     else:
-        table = lists.key_table[plan]
-        at = (columns[:, None] * block_k + inside_block).clamp(max=len(table) - 1)
-        query = lists.query_table[plan, row * block_q : (row + 1) * block_q, None, None]
-        key = table[at]  # (n, block_k, 3)
+        at = (columns[:, None] * block_k + inside_block).clamp(max=lists.key_table.shape[1] - 1)
+        query = lists.query_table[plan, row * block_q : (row + 1) * block_q, :, None, None]
+        key = lists.key_table[plan].T[:, at]  # (3, n, block_k)
         if task.rule == "window":
-            found = ((query[..., :3] <= key) & (key <= query[..., 3:])).all(-1)
+            sides = [(query[:, i] <= key[i]) & (key[i] <= query[:, i + 3]) for i in range(3)]
+            found = sides[0] & sides[1] & sides[2]
         else:
-            found = (query[..., :3] - key).square().sum(-1) < query[..., 3]
+            found = sum((query[:, i] - key[i]).square_() for i in range(3)) < query[:, 3]
     return seen & (found | (slots < 0)[:, None])
 
 

@@ -68,10 +68,10 @@ def task_of(plan, scale=0.3):
     return unpack(plan.tensors, plan.block, plan.rule, scale)
 
 
-def tensors_of(plan, dtype=torch.float64, batch=2, dim=8, **options):
-    """Query, key, value; 3 heads."""
+def tensors_of(plan, dtype=torch.float64, batch=2, dim=8, heads=3, **options):
+    """Query, key, value."""
     lengths = plan.queries.slots, plan.keys.slots, plan.keys.slots
-    shapes = [(batch, 3, length, dim) for length in lengths]
+    shapes = [(batch, heads, length, dim) for length in lengths]
     return [torch.randn(shape, dtype=torch.float64).to(dtype, **options) for shape in shapes]
 
 

@@ -256,3 +256,23 @@ def test_reference_takes_a_task():
     tensors = tensors_of(plan)
     out, _ = block_sparse_reference(*tensors, task_of(plan))
     assert torch.equal(out, attend(*tensors, plan, "reference")[0])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "one token"])
+def test_flex_mask(name):
+    """Uncompiled, the mask function alone must be right; the lists are compared as lists."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from dittune.kernels.block_sparse.flex import flex_block_mask
+
+    plan = PLANS[name]()
+    query, key, value = tensors_of(plan)
+    mask = flex_block_mask(task_of(plan), 3, (query.shape[2], key.shape[2]))
+    out = flex_attention(query, key, value, block_mask=mask, scale=0.3)
+    assert (out - brute_force(query, key, value, plan)[0]).abs().max() < 1e-10
+    layout = plan.layouts[plan.heads[0]]
+    used = torch.zeros(plan.tensors["row_order"].shape[1], plan.tensors["column_order"].shape[1])
+    used[layout.full[:, 0], layout.full[:, 1]] = 1
+    used[layout.partial[:, 0], layout.partial[:, 1]] = 1
+    assert torch.equal(mask.to_dense()[0, 0].float(), used)
