@@ -25,7 +25,7 @@ MAY_IMPORT = {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
     },
     "dittune/attach.py": {"class_swap", "denoiser", "errors", "method", "models", "run"},
-    "dittune/methods/": {"call", "errors", "heads", "kernels", "method", "run"},
+    "dittune/methods/": {"call", "errors", "heads", "kernels", "method", "patterns", "run"},
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},
     "kernels/": {"kernels"},

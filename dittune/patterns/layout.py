@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -63,7 +62,6 @@ class Layout(NamedTuple):
         )
 
 
-@lru_cache(maxsize=32)
 def make_layout(
     queries: Sequence,
     keys: Sequence,

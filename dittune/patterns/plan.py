@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from dittune.errors import ConfigError
+from dittune.patterns.algebra import GivenBlocks
 from dittune.patterns.layout import FrozenRules, Layout, Rules, make_layout
 from dittune.patterns.report import PlanStats, picture, plan_stats
 from dittune.patterns.sequence import Sequence
@@ -94,7 +96,9 @@ def make_plan(
     exact: bool = True,
     as_bits: bool = False,
 ) -> Plan:
-    """The plan of one pattern for all heads; cached by its arguments.
+    """The plan of one pattern for all heads; cached by its arguments, hence not to be written into.
+
+    Rules of `GivenBlocks` are not cached.
 
     Args:
         queries: the query sequence, for example text and image.
@@ -113,6 +117,13 @@ def make_plan(
             not start on a block; padding inside a block.
     """
     frozen = tuple(sorted(rules.items(), key=lambda item: item[0]))
+    is_geometry = not any(isinstance(rule, GivenBlocks) for _, rule in frozen)
+    build = _build if is_geometry else _build.__wrapped__
+    return build(queries, keys, frozen, tuple(block), exact, as_bits)
+
+
+@lru_cache(maxsize=32)
+def _build(queries, keys, frozen, block, exact, as_bits) -> Plan:
     layout = make_layout(queries, keys, frozen, block, exact, as_bits)
     return _assemble(queries, keys, block, (frozen,), exact, (layout,), (0,))
 

@@ -64,9 +64,8 @@ def block_sparse_attention(
         from dittune.kernels.block_sparse.flex import flex_forward
 
         return flex_forward(query, key, value, task)
-    return block_sparse_op(
-        query, key, value, list(task.lists), list(block), rule, task.scale, backend
-    )
+    lists = [tensor.contiguous() for tensor in task.lists]
+    return block_sparse_op(query, key, value, lists, list(block), rule, task.scale, backend)
 
 
 def choose_backend(query: torch.Tensor, task: Task, backend: str = "auto") -> str:

@@ -72,7 +72,7 @@ def usage(kernel, table, dtype, dim, rule, block=128):
         "registers": found["REG"],
         "stack": found["STACK"],
         "shared": binary.metadata.shared,
-        "tensor_cores": binary.asm["ptx"].count("wgmma.mma_async"),
+        "tensor_cores": len(re.findall(r"\b(wgmma\.mma_async|mma)\.sync", binary.asm["ptx"])),
     }
 
 

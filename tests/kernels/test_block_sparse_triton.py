@@ -139,7 +139,7 @@ def test_in_the_interpreter(slow):
     "kernel", ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
 )
 def test_compiles_for_hopper(kernel):
-    """Fits into shared memory, uses tensor cores for 16-bit types, and hardly spills."""
+    """Fits into shared memory, uses tensor cores for 16-bit types, does not spill."""
     done = run(["-m", "tests.kernels.cubins", kernel])
     assert done.returncode == 0, done.stderr[-4000:]
     for line in done.stdout.splitlines():
@@ -147,5 +147,5 @@ def test_compiles_for_hopper(kernel):
         found = json.loads(line)
         assert found["shared"] <= 232448
         assert found["registers"] <= 255
-        assert found["stack"] <= 64, line
+        assert found["stack"] <= (128 if found["rule"] == "bits" else 0), line
         assert (found["tensor_cores"] > 0) == (found["type"] != "float32")

@@ -226,8 +226,10 @@ def test_picture():
 def test_plans_are_cached_by_geometry():
     order = TokenOrder((1, 8, 8), (1, 4, 4))
     first, second = image_plan(Local(2), order), image_plan(Local(2), order)
-    assert first.layouts[0] is second.layouts[0]
-    assert image_plan(Local(3), order).layouts[0] is not first.layouts[0]
+    assert first is second
+    assert image_plan(Local(3), order) is not first
+    kept = GivenBlocks(torch.ones(4, 4, dtype=torch.bool))
+    assert image_plan(kept, order) is not image_plan(kept, order)
 
 
 def test_errors():
