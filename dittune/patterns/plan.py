@@ -31,6 +31,7 @@ class Plan:
         keys: the key sequence; the same one in self-attention.
         block: tokens of a block, `(queries, keys)`.
         rules: of each different plan (see `per_head`), one entry for a shared plan.
+        exact: False if every touched block is used as a whole.
         layouts: the blocks of each different plan.
         heads: number of the plan that each head uses; `(0,)` where all heads share one.
         tensors: what a kernel takes, by the names of the fields of `BlockLists` in
