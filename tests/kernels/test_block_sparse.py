@@ -194,6 +194,7 @@ def test_opcheck(name):
     torch.library.opcheck(block_sparse_op, (*tensors, *arguments))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_in_one_graph(backend):
     torch.use_deterministic_algorithms(False)  # the compiler has its own settings for it
