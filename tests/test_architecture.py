@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "dittune/guider.py": {"methods", "models", "run", "seam"},
     "dittune/attach.py": {"class_swap", "denoiser", "errors", "method", "models", "run"},
     "dittune/methods/": {
-        "call", "errors", "heads", "kernels", "method", "perturbation", "run",
+        "call", "errors", "heads", "kernels", "method", "patterns", "perturbation", "run",
     },
     "dittune/models/": {"call", "errors"},
+    "dittune/patterns/": {"errors", "patterns"},
     "kernels/": {"kernels"},
 }  # fmt: skip
 

@@ -1,0 +1,109 @@
+"""The public function: checks, and the choice of a back-end."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+
+import torch
+
+from dittune.kernels.block_sparse.lists import Task, check, unpack
+from dittune.kernels.block_sparse.op import block_sparse_op
+from dittune.kernels.block_sparse.reference import block_sparse_reference
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    block: tuple[int, int],
+    rule: str = "none",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the listed blocks only; time and memory follow their number.
+
+    With `plan = dittune.patterns.make_plan(...).to(query.device)`:
+    `block_sparse_attention(query, key, value, plan.tensors, plan.block, plan.rule)`. Tokens are in
+    the order of the plan's sequences (`plan.queries.permutation`). To use fewer keys than planned,
+    replace `key_count` among the tensors by `plan.key_count(...)`.
+
+    Differentiable in query, key and value, through both results. One operator for compilers.
+
+    Args:
+        query: `[B, H, Sq, D]`, floating.
+        key: `[B, H, Skv, D]`.
+        value: `[B, H, Skv, D]`.
+        tensors: of the plan, on the same device; the fields of `lists.BlockLists`.
+        block: tokens of a block, `(queries, keys)`.
+        rule: of the partial blocks, `none`, `window`, `disc` or `bits`.
+        scale: of the logits; `D ** -0.5` if None.
+        backend: `auto`, `triton` (CUDA), `flex` (CUDA, FlexAttention), `cpu` or `reference`
+            (dense, anywhere). `auto` takes the first of these that can run.
+
+    Returns:
+        Output `[B, H, Sq, D]` in the type of `query`, and the natural log of the sum of
+        exponentials `[B, H, Sq]`, at least float32. A row without keys gives 0 and -inf.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit, or a back-end of that name does not exist.
+        RuntimeError: the back-end that was asked for cannot run here; the message says why.
+    """
+    task = unpack(tensors, block, rule, query.shape[-1] ** -0.5 if scale is None else scale)
+    check(query, key, value, task)
+    backend = choose_backend(query, task, backend)
+    if backend == "reference":
+        return block_sparse_reference(query, key, value, task)
+    if backend == "flex":
+        from dittune.kernels.block_sparse.flex import flex_forward
+
+        return flex_forward(query, key, value, task)
+    lists = [tensor.contiguous() for tensor in task.lists]
+    return block_sparse_op(query, key, value, lists, list(block), rule, task.scale, backend)
+
+
+def choose_backend(query: torch.Tensor, task: Task, backend: str = "auto") -> str:
+    """The back-end that will run; see `block_sparse_attention`."""
+    reasons = {
+        "triton": _why_not_triton(query, task),
+        "flex": _why_not_flex(query, task),
+        "cpu": None if query.device.type == "cpu" else f"tensors are on {query.device}",
+        "reference": None,
+    }
+    if backend == "auto":
+        if query.device.type == "cpu":
+            return "cpu"
+        return next(name for name, reason in reasons.items() if reason is None)
+    if backend not in reasons:
+        raise ValueError(f"the back-end is auto or one of {list(reasons)}, got {backend!r}")
+    if reasons[backend] is not None:
+        raise RuntimeError(f"the back-end {backend!r} cannot run: {reasons[backend]}")
+    return backend
+
+
+def _why_not_triton(query: torch.Tensor, task: Task) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed (pip install 'dittune[gpu]')"
+    if query.device.type != "cuda" and not IS_INTERPRETED:
+        return f"it needs CUDA tensors, got {query.device}; TRITON_INTERPRET=1 runs it anywhere"
+    if query.dtype not in TRITON_TYPES:
+        return f"it knows {TRITON_TYPES}, got {query.dtype}"
+    if query.shape[-1] > 256:
+        return f"head dims reach 256, got {query.shape[-1]}"
+    if any(size < 16 or size & (size - 1) for size in task.block):
+        return f"block sizes are powers of two of at least 16, got {task.block}"
+    return None
+
+
+def _why_not_flex(query: torch.Tensor, task: Task) -> str | None:
+    if query.device.type != "cuda":
+        return f"it needs CUDA tensors, got {query.device}; elsewhere it computes all blocks"
+    if any(size % 64 for size in task.block):
+        return f"block sizes are multiples of 64, got {task.block}"
+    return None
