@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "dittune/run.py": {"call"},
     "dittune/method.py": {"call", "errors", "run"},
     "dittune/heads.py": {"call", "errors"},
+    "dittune/tokens.py": {"call", "errors"},
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/seam.py": {"call", "errors", "method", "run"},
     "dittune/denoiser.py": {
