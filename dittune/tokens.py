@@ -9,11 +9,12 @@ the second one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dittune.call import TextAxis
 from dittune.errors import ConfigError
+from dittune.run import ModelInputs
 
 Concept = tuple[str, ...]  # its words
 
@@ -114,6 +115,58 @@ def prompt_words(
             for concept in concepts
         ),
     )
+
+
+def words_of_pictures(
+    inputs: ModelInputs,
+    asked: Sequence[Concept],
+    find: Callable[[str], Sequence[Concept]],
+    name: str,
+) -> list[PromptWords]:
+    """The words of every picture of a generation, from its prompts.
+
+    Args:
+        inputs: a denoiser call with conditional rows.
+        asked: the concepts of every prompt.
+        find: if none are asked for, the concepts of a prompt; those that are cut off are left out.
+        name: of the method that asks, for messages.
+
+    Raises:
+        ConfigError: the pipeline was given no prompt, or as `prompt_words`.
+    """
+    run = inputs.run
+    if not run.prompts:
+        raise ConfigError(
+            f"{name} needs the words of the prompt; attach to the pipeline and pass it `prompt`, "
+            "not embeddings"
+        )
+    kwargs = inputs.only("cond").kwargs
+    count = len(kwargs[inputs.batched[0]])
+    if len(run.prompts["prompt"]) != count:
+        raise ConfigError(
+            f"{name}: the pipeline makes {count} pictures of {len(run.prompts['prompt'])} prompts; "
+            "pass one prompt a picture"
+        )
+    axes = run.host.facts.text_axes(run.host.pipe, kwargs)
+    texts = [{key: run.prompts[key][i] for key in run.prompts} for i in range(count)]
+    if asked:
+        return [prompt_words(axes, text, asked) for text in texts]
+    return [prompt_words(axes, text, _read(axes, text, find(text["prompt"]))) for text in texts]
+
+
+def _read(
+    axes: Sequence[TextAxis], texts: Mapping[str, str], concepts: Sequence[Concept]
+) -> list[Concept]:
+    """The concepts without those of which a text encoder does not read a word."""
+
+    def is_read(concept: Concept) -> bool:
+        try:
+            prompt_words(axes, texts, [concept])
+        except ConfigError:
+            return False
+        return True
+
+    return [concept for concept in concepts if is_read(concept)]
 
 
 def _encode(axis: TextAxis, text: str) -> list[tuple[int, int, int]]:
