@@ -84,41 +84,40 @@ def text_maps(call: AttnCall) -> torch.Tensor:
     Returns:
         `[B, T, h, w]`, single precision (double if the model's is); sums over `T` are at most 1.
     """
-    rows, columns = slice(*call.layout.image), slice(*call.layout.text)
-    dtype = torch.promote_types(call.query.dtype, torch.float32)
-    scale = call.options.get("scale") or 1 / math.sqrt(call.query.shape[3])
-    query = call.query[:, :, rows].to(dtype) * scale
-    key = call.key.to(dtype)
-    mask = call.options.get("attn_mask")
-    if mask is not None and mask.shape[-2] > 1:
-        mask = mask[..., rows, :]
-
-    def block(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        logits = query @ key.transpose(2, 3)  # (B, H, rows, Skv)
-        if mask is not None:
-            logits = with_mask(logits, mask)
-        return logits.softmax(-1)[..., columns].mean(1)  # (B, rows, T)
-
-    size = max(1, PROBABILITIES // (key.shape[0] * key.shape[1] * key.shape[2]))
+    first, last = call.layout.image
+    size = rows_at_once(call)
     blocks = []
-    for first in range(0, query.shape[2], size):
-        few = query[:, :, first : first + size]
-        part = (
-            mask[..., first : first + size, :] if mask is not None and mask.shape[-2] > 1 else mask
-        )
-        if torch.is_grad_enabled() and size < query.shape[2]:
-            blocks.append(checkpoint(block, few, key, part, use_reentrant=False))
+    for row in range(first, last, size):
+        few = call.take_queries(row, min(row + size, last))
+        if torch.is_grad_enabled() and size < last - first:
+            blocks.append(checkpoint(_text_columns, few, use_reentrant=False))
         else:
-            blocks.append(block(few, key, part))
+            blocks.append(_text_columns(few))
     maps = torch.cat(blocks, 1).transpose(1, 2)
     return maps.reshape(*maps.shape[:2], *call.layout.grid[1:])
 
 
-def with_mask(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits under an attention mask as SDPA reads it: true attends, or numbers to be added."""
-    if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, -math.inf)
-    return logits + mask
+def _text_columns(call: AttnCall) -> torch.Tensor:
+    probabilities = logits(call).softmax(-1)
+    return probabilities[..., slice(*call.layout.text)].mean(1)  # (B, rows, T)
+
+
+def rows_at_once(call: AttnCall) -> int:
+    """How many rows of a call's logits may be held."""
+    batch, heads, keys = call.key.shape[:3]
+    return max(1, PROBABILITIES // (batch * heads * keys))
+
+
+def logits(call: AttnCall, columns: slice = slice(None)) -> torch.Tensor:
+    """Logits `[B, H, Sq, columns]` under the call's mask, in single precision or better."""
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    scale = call.options.get("scale") or 1 / math.sqrt(call.query.shape[3])
+    scores = scale * call.query.to(dtype) @ call.key[:, :, columns].to(dtype).transpose(2, 3)
+    mask = call.options.get("attn_mask")  # as SDPA reads it: true attends, or what is added
+    if mask is None:
+        return scores
+    mask = mask[..., columns]
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
 class MapMean:

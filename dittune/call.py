@@ -117,6 +117,13 @@ class AttnCall(NamedTuple):
             roles=self.roles[first // size : last // size],
         )
 
+    def take_queries(self, first: int, last: int) -> AttnCall:
+        """The call for query tokens `first..last` only, for a core: the layout is not adapted."""
+        options, mask = self.options, self.options.get("attn_mask")
+        if mask is not None and mask.shape[-2] > 1:
+            options = {**options, "attn_mask": mask[..., first:last, :]}
+        return self._replace(query=self.query[:, :, first:last], options=options)
+
     def take_heads(self, index: torch.Tensor) -> AttnCall:
         """The call for some heads only, `index` an int64 tensor of head numbers."""
         options = self.options
