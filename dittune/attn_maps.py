@@ -205,8 +205,9 @@ def smooth(maps: torch.Tensor) -> torch.Tensor:
 def otsu(values: torch.Tensor) -> torch.Tensor:
     """Which values of a map `[h, w]` are high, by Otsu's threshold on 256 bins.
 
-    The map is brought to [0, 1] first. The threshold is the centre of the bin with the largest
-    variance between the two classes, as in scikit-image. A constant map has no high values.
+    The map is brought to [0, 1] first. Bins above the threshold are high, as a whole: scikit-image
+    takes the centre of the last low bin, so that part of that bin is high. A constant map has no
+    high values.
     """
     low, high = values.min(), values.max()
     if low == high:
@@ -219,4 +220,4 @@ def otsu(values: torch.Tensor) -> torch.Tensor:
     mean_below = weighted.cumsum(0) / below
     mean_above = weighted.flip(0).cumsum(0).flip(0) / above
     between = below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
-    return values > centres[between.argmax()]
+    return values >= (between.argmax() + 1) / 256

@@ -14,6 +14,9 @@ from dittune.run import Run
 from dittune.scheduler_seam import stepping_from, takes_latents
 from tests.tiny import flux, latents, sd, sd3
 
+# diffusers' own schedulers, with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
 NOISE = [
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler",
@@ -60,6 +63,8 @@ def step(scheduler, prediction, t, sample):
 @pytest.mark.parametrize("name", [*NOISE, *FLOW])
 def test_it_is_known_which_steps_start_from_the_latents_they_are_given(name, prk):
     """Given a shifted sample, exactly these steps give another result."""
+    if name == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy")
     if prk:
         if name != "PNDMScheduler":
             pytest.skip("one scheduler has Runge-Kutta steps")
@@ -78,10 +83,13 @@ def test_it_is_known_which_steps_start_from_the_latents_they_are_given(name, prk
             run.latents = sample + 0.5
             other = step(shifted, prediction, t, sample)
         sample = step(ours, prediction, t, sample)
-        # LCM goes all the way to its end at the last step and knows no sample before it.
-        assert ((other - sample).abs().max() > 1e-4) == takes, t
+        differs = bool((other - sample).abs().max() > 1e-4)
+        # The single-step solver goes on from an earlier sample, and reads this one's prediction.
+        assert differs == (takes or name == "DPMSolverSinglestepScheduler"), t
         taken.append(takes)
-    assert taken[0] and sum(taken) >= len(taken) / 4
+    assert taken[0] and len(taken) / 4 <= sum(taken)
+    if name == "DPMSolverSinglestepScheduler":
+        assert taken == [True, False, True, False, True, True]
 
 
 @pytest.mark.parametrize("name", [n for n in NOISE if n not in NOT_FOR_SD])
