@@ -23,6 +23,10 @@ _LAZY = {
     "available_methods": "dittune.methods",
     "load_method": "dittune.methods",
     "available_models": "dittune.models",
+    "AStar": "dittune.methods.a_star",
+    "AttendAndExcite": "dittune.methods.attend_and_excite",
+    "AttentionRegulation": "dittune.methods.attention_regulation",
+    "Conform": "dittune.methods.conform",
     "SoftPAG": "dittune.methods.softpag",
     "SoftPAGGuidance": "dittune.guider",
 }

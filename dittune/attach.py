@@ -20,6 +20,9 @@ from dittune.errors import AlreadyAttachedError, SeamError, SelectionError, Unsu
 from dittune.method import Method
 from dittune.models import DENOISER_NAMES, available_models
 from dittune.run import Run
+from dittune.scheduler_seam import stepping_from
+
+PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of a pipeline
 
 
 def attach(target: Any, *methods: Method) -> Attachment:
@@ -113,9 +116,13 @@ class Attachment:
         self.run = self.last_run = Run()
         try:
             self._check_installed()
+            self.run.prompts = _prompts(stock_call, pipe, args, kwargs)
             if "callback_on_step_end" in inspect.signature(stock_call).parameters:
                 kwargs = self._with_step_end(kwargs)
-            return stock_call(pipe, *args, **kwargs)
+            if not any(method.changes_latents for method in self._acting):
+                return stock_call(pipe, *args, **kwargs)
+            with stepping_from(self.run, pipe.scheduler):
+                return stock_call(pipe, *args, **kwargs)
         finally:
             for model in self._models:
                 model.forget_run()
@@ -175,6 +182,22 @@ class Attachment:
         return seam.call(run, None, stock_call, args, kwargs)
 
 
+def _prompts(stock_call: Callable, pipe: Any, args: tuple, kwargs: dict) -> dict[str, list[str]]:
+    """The prompt of each picture, by pipeline argument; one that is not given is the first one."""
+    try:
+        given = inspect.signature(stock_call).bind_partial(pipe, *args, **kwargs).arguments
+    except TypeError:  # the pipeline will say so itself
+        return {}
+    if given.get("prompt") is None:
+        return {}
+    found = {}
+    for name in PROMPTS:
+        texts = given.get(name) or given["prompt"]
+        texts = [texts] if isinstance(texts, str) else texts
+        found[name] = [t for t in texts for _ in range(given.get("num_images_per_prompt") or 1)]
+    return found
+
+
 def _denoisers(target: Any) -> list[nn.Module]:
     if isinstance(target, nn.Module):
         return [target]
@@ -192,4 +215,4 @@ def _calling_class(owner: Attachment, stock: type) -> type:
     def call(self, *args, **kwargs):
         return owner.call_pipeline(self, stock.__call__, args, kwargs)
 
-    return calling_subclass(owner, stock, call)
+    return calling_subclass(owner, stock, __call__=call)

@@ -24,6 +24,7 @@ class Site:
         name: module path inside the denoiser, for messages.
         heads: number of attention heads.
         stage: how often the grid has been halved on the way here; 0 outside of U shapes.
+        shows_words: its maps of single words are sharp; methods that read such maps take it first.
     """
 
     layer: int
@@ -31,6 +32,7 @@ class Site:
     name: str
     heads: int
     stage: int = 0
+    shows_words: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind} layer {self.layer} ({self.name}, {self.heads} heads)"
@@ -50,6 +52,22 @@ class TokenLayout(NamedTuple):
     image: tuple[int, int]
     text: tuple[int, int]
     grid: tuple[int, int, int]
+
+
+class TextAxis(NamedTuple):
+    """Where the tokens of one tokenizer are on the model's text axis.
+
+    Attributes:
+        tokenizer: a fast tokenizer of transformers, which knows the characters of each token.
+        argument: the pipeline argument whose text it reads, e.g. `prompt_2`.
+        first: first token on the text axis.
+        length: number of tokens, those of the padding included.
+    """
+
+    tokenizer: Any
+    argument: str
+    first: int
+    length: int
 
 
 class AttnCall(NamedTuple):
@@ -98,6 +116,13 @@ class AttnCall(NamedTuple):
             options=options,
             roles=self.roles[first // size : last // size],
         )
+
+    def take_queries(self, first: int, last: int) -> AttnCall:
+        """The call for query tokens `first..last` only, for a core: the layout is not adapted."""
+        options, mask = self.options, self.options.get("attn_mask")
+        if mask is not None and mask.shape[-2] > 1:
+            options = {**options, "attn_mask": mask[..., first:last, :]}
+        return self._replace(query=self.query[:, :, first:last], options=options)
 
     def take_heads(self, index: torch.Tensor) -> AttnCall:
         """The call for some heads only, `index` an int64 tensor of head numbers."""

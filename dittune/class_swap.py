@@ -1,4 +1,4 @@
-"""Swap the class of one instance so that calling it comes to us; the instance keeps its state.
+"""Swap the class of one instance so that its calls come to us; the instance keeps its state.
 
 An instance's `__dict__` is not touched, and whatever else wraps `forward` (offloading, caches,
 compilation) stays inside our call, in whichever order it was set up.
@@ -10,17 +10,18 @@ import functools
 from collections.abc import Callable
 
 
-def calling_subclass(owner: object, stock: type, call: Callable) -> type:
-    """A class that is `stock` in name and nature, except that calling an instance comes to us."""
+def calling_subclass(owner: object, stock: type, **calls: Callable) -> type:
+    """A class that is `stock` in name and nature, except that some methods of it are ours."""
 
     def reduce(self, protocol):
         """A copy or pickle is not attached: it is of the stock class."""
         _, _, *state = stock.__reduce_ex__(self, protocol)
         return (stock.__new__, (stock,), *state)
 
-    functools.update_wrapper(call, stock.__call__)
+    for name, call in calls.items():
+        functools.update_wrapper(call, getattr(stock, name))
     namespace = {
-        "__call__": call,
+        **calls,
         "__reduce_ex__": reduce,
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,

@@ -16,7 +16,7 @@ from dittune.class_swap import calling_subclass, owner_of, set_class
 from dittune.errors import AlreadyAttachedError, SeamError, SelectionError
 from dittune.method import Method
 from dittune.models import facts_for
-from dittune.run import ModelInputs, Run
+from dittune.run import Host, ModelInputs, Run
 from dittune.seam import InstalledSite, Link, make_processor, stock_attention
 
 
@@ -72,7 +72,7 @@ class AttachedModel:
         def call(self, *args, **kwargs):
             return owner.call_model(self, stock.__call__, args, kwargs)
 
-        return calling_subclass(owner, stock, call)
+        return calling_subclass(owner, stock, __call__=call)
 
     def check_installed(self) -> None:
         for module, _, ours in self.installed:
@@ -97,6 +97,7 @@ class AttachedModel:
             kwargs.update(kwargs.pop("kwargs", {}))
         if not run.num_steps:
             run.num_steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        run.host = Host(pipe, self.inner, self.facts)
         self._activate(run, kwargs[self.facts.BATCHED[0]].device)
         raw: list[Any] = []
 

@@ -29,6 +29,7 @@ class Method:
     stop: float = 1.0
 
     replaces_attention: ClassVar[bool] = False  # at most one such method may act at a site
+    changes_latents: ClassVar[bool] = False  # before a step, through `run.latents`
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.start <= self.stop <= 1.0:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
 from dittune.call import Role, TokenLayout, rows_of
+
+
+class Host(NamedTuple):
+    """What the generation runs on: the pipeline (None for a bare denoiser), denoiser and facts."""
+
+    pipe: Any
+    model: Any
+    facts: ModuleType
 
 
 class Run:
@@ -21,6 +29,14 @@ class Run:
         calls: number of denoiser calls the pipeline has made in this step.
         roles: what the chunks of the current batch are.
         layouts: token layout of the current denoiser call, by kind and stage of site.
+        host: what it runs on, known from the first denoiser call on.
+        prompts: the prompt of each picture, by pipeline argument (`prompt`, `prompt_2`, ...); empty
+            if the pipeline was given none.
+        latents: what this step starts from instead of the pipeline's own latents, of the same shape
+            and type; None leaves those. Only for methods with `changes_latents`.
+        unscaled: the latents of this step as the pipeline gave them to the scheduler for scaling;
+            None if it does not scale.
+        scale: how the scheduler turns latents into the sample of this step.
     """
 
     def __init__(self, num_steps: int = 0):
@@ -29,6 +45,11 @@ class Run:
         self.calls = 0
         self.roles: tuple[Role, ...] = ()
         self.layouts: dict[tuple[str, int], TokenLayout] = {}
+        self.host: Host | None = None
+        self.prompts: dict[str, list[str]] = {}
+        self.latents: torch.Tensor | None = None
+        self.unscaled: torch.Tensor | None = None
+        self.scale: Callable[[torch.Tensor], torch.Tensor] = as_it_is
         self._memory: dict[int, SimpleNamespace] = {}
 
     @property
@@ -39,6 +60,11 @@ class Run:
     def memory(self, method: object) -> SimpleNamespace:
         """What a method wants to remember until the end of this generation."""
         return self._memory.setdefault(id(method), SimpleNamespace())
+
+
+def as_it_is(latents: torch.Tensor) -> torch.Tensor:
+    """The scale of a scheduler that does not scale."""
+    return latents
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,26 @@ MAY_IMPORT = {
     "dittune/run.py": {"call"},
     "dittune/method.py": {"call", "errors", "run"},
     "dittune/heads.py": {"call", "errors"},
+    "dittune/tokens.py": {"call", "errors", "run"},
+    "dittune/attn_maps.py": {"call", "errors", "tokens"},
+    "dittune/map_losses.py": set(),
+    "dittune/latent_inputs.py": {"run"},
+    "dittune/latent_step.py": {
+        "attn_maps", "call", "errors", "latent_inputs", "method", "run", "scheduler_seam", "tokens",
+    },
+    "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/seam.py": {"call", "errors", "method", "run"},
     "dittune/denoiser.py": {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
     },
     "dittune/guider.py": {"methods", "models", "run", "seam"},
-    "dittune/attach.py": {"class_swap", "denoiser", "errors", "method", "models", "run"},
+    "dittune/attach.py": {
+        "class_swap", "denoiser", "errors", "method", "models", "run", "scheduler_seam",
+    },
     "dittune/methods/": {
-        "call", "errors", "heads", "kernels", "method", "patterns", "perturbation", "run",
+        "attn_maps", "call", "errors", "heads", "kernels", "latent_step", "map_losses", "method",
+        "patterns", "perturbation", "run", "tokens",
     },
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},

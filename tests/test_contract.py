@@ -19,6 +19,10 @@ NEUTRAL = {
         {"heads": "0:1", "start": 0.5, "stop": 0.5},
     ],
     "merge_padding": [{"start": 0.5, "stop": 0.5}],
+    "attend_and_excite": [{"scale": 0.0}, {"start": 0.2, "stop": 0.2}],
+    "a_star": [{"scale": 0.0}, {"stop": 0.0}],
+    "conform": [{"scale": 0.0}, {"stop": 0.0}, {"stop": 1.0, "refinements": 0}],  # one concept
+    "attention_regulation": [{"scale": 0.0}, {"start": 0.3, "stop": 0.3}],
 }
 ACTIVE = {
     "softpag": [
@@ -29,6 +33,10 @@ ACTIVE = {
         {"heads": "1:0", "batched": False},
         {"heads": "1:0", "start": 0.5},
     ],
+    "attend_and_excite": [{"refinements": 1}, {"concepts": "red, circle", "layers": "1"}],
+    "a_star": [{}, {"concepts": "red, circle", "scale": 5.0, "checkpointing": True}],
+    "conform": [{"concepts": "red, circle", "stop": 1.0, "refinements": 1}],
+    "attention_regulation": [{}, {"concepts": "red+circle", "scale": 2.0, "layers": "0"}],
     "merge_padding": [],  # never changes the picture, only what it costs
 }
 
@@ -57,6 +65,7 @@ def snapshot(pipe):
         {name: type(module) for name, module in modules.items()},
         {name: set(module.__dict__) for name, module in modules.items()},
         {n: id(m.processor) for n, m in modules.items() if hasattr(m, "processor")},
+        (type(pipe.scheduler), set(pipe.scheduler.__dict__)),
     )
 
 
@@ -89,6 +98,16 @@ def test_active_changes_the_output_and_detach_restores_everything(name, settings
     assert other_size.shape[-2:] == (4, 16) and other_size.isfinite().all()
     assert snapshot(pipe) == before
     assert torch.equal(latents(pipe), plain)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_no_concept_is_found_nothing_changes(family, guidance_scale):
+    pipe, settings = FAMILIES[family](), {"prompt": "of and the", "guidance_scale": guidance_scale}
+    plain = latents(pipe, **settings)
+    for name in ("attend_and_excite", "a_star", "conform", "attention_regulation"):
+        with dittune.attach(pipe, dittune.load_method(name)()):
+            assert torch.equal(latents(pipe, **settings), plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +200,7 @@ def test_a_piece_that_cannot_be_removed_is_tried_again(monkeypatch):
     broken = True
     with pytest.raises(RuntimeError, match="cannot remove"):
         handle.detach()
-    assert [a == b for a, b in zip(snapshot(pipe), before)] == [True, True, True, True, False]
+    assert [a == b for a, b in zip(snapshot(pipe), before)] == [True] * 4 + [False, True]
     assert torch.equal(latents(pipe), plain)  # what is left behind does nothing
     broken = False
     handle.detach()

@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from dittune.method import Method
 from dittune.samples.shapes import models
@@ -91,17 +91,16 @@ def flux(**changes) -> FluxPipeline:
     }
     transformer = FluxTransformer2DModel(**{**config, **changes})
     randomise(transformer)
-    tokenizer, letters = models.build_tokenizer(), "abcdefghijklmnopqrstuvwxyz"
-    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
-    pieces += [(piece, -1.0) for piece in ("\u2581", *letters)]
-    t5 = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    tokenizer, tokenizer_2 = models.build_tokenizer(), models.build_t5_tokenizer()
+    vocab = len(tokenizer_2)
+    t5 = T5Config(vocab_size=vocab, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=autoencoder(),
         text_encoder=clip_text_model(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0),
+        tokenizer_2=tokenizer_2,
         transformer=transformer.eval(),
     )
     return silent(pipe)

@@ -147,7 +147,7 @@ class SoftPAG(Method):
     ) -> torch.Tensor:
         memory = inputs.run.memory(self)
         if "cond" not in inputs.roles:  # the unconditional call of a pipeline that makes two
-            return model(inputs) + memory.delta
+            return model(inputs) + getattr(memory, "delta", 0.0)
         separate = getattr(memory, "separate", self.batched is False)
         if not separate:
             try:

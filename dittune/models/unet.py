@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from dittune.call import Site, TokenLayout
+from dittune.call import Site, TextAxis, TokenLayout
 from dittune.errors import UnsupportedModelError
 
 MODEL_CLASSES = ("UNet2DConditionModel",)
@@ -35,6 +37,10 @@ BATCHED = (
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
 )
+
+# The grid of one token for 32 x 32 pixels, 16 x 16 in a picture of 512: its maps show words best
+# (attend-and-excite, arXiv 2301.13826). Models that do not go as deep have them at their deepest.
+WORD_STAGE = 2
 
 MAX_SIDE = 2**20  # convolutions and attention without positions have no end
 
@@ -60,6 +66,11 @@ def sites(model: nn.Module) -> list[Site]:
                 kind = "cross" if attn.is_cross_attention else "self"
                 found.append(Site(layers[kind], kind, name, attn.heads, stage))
                 layers[kind] += 1
+    stages = [site.stage for site in found if site.kind == "cross" and site.stage <= WORD_STAGE]
+    found = [
+        replace(site, shows_words=site.kind == "cross" and site.stage == max(stages, default=0))
+        for site in found
+    ]
     known = {site.name for site in found}
     for name, module in model.named_modules():
         if hasattr(module, "processor") and name not in known:
@@ -116,3 +127,14 @@ def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[tuple[str, int], T
         # A padded convolution of stride 2 rounds up; the way up takes its sizes from the way down.
         height, width = (-(-side // 2) for side in (height, width))
     return found
+
+
+def text_axes(pipe: Any, kwargs: dict[str, Any]) -> list[TextAxis]:
+    """What the text tokens are: those of CLIP; the two encoders of XL stand side by side."""
+    tokenizer = pipe.tokenizer or pipe.tokenizer_2  # the refiner of XL has the second one only
+    return [TextAxis(tokenizer, "prompt", 0, kwargs["encoder_hidden_states"].shape[1])]
+
+
+def latents(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The part of the sample that the scheduler steps, a view; masks of inpainting follow it."""
+    return kwargs["sample"][:, : model.config.out_channels]

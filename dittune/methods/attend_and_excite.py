@@ -1,0 +1,63 @@
+"""Attend-and-excite: every word owns at least one image token.
+
+Source: "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image Diffusion Models"
+(arXiv 2301.13826), and its reference code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dittune.attn_maps import WordMaps, smooth
+from dittune.errors import ConfigError
+from dittune.latent_step import LatentStep
+from dittune.map_losses import neglect
+from dittune.tokens import Concept, find_concepts
+
+# Share of the steps at which updates are repeated, and the loss that is enough there.
+REFINEMENT = ((0.0, 0.95), (0.2, 0.5), (0.4, 0.2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendAndExcite(LatentStep):
+    """Raise the highest attention that the most neglected word gets anywhere.
+
+    Every word of `concepts` counts by itself; of the noun groups that are found in a prompt, their
+    nouns.
+
+    Args:
+        refinements: how often an update is repeated at most, at the first step and after a fifth
+            and two fifths of the steps, until the words have the attention they should have by
+            then; 0 updates once everywhere.
+
+    Raises:
+        ConfigError: `refinements` below 0.
+
+    Differs: a word of several tokens, or in two text encoders, has the sum of its maps.
+    """
+
+    stop: float = 0.5
+    refinements: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refinements < 0:
+            raise ConfigError(
+                f"attend_and_excite: refinements is a number from 0 on, got {self.refinements}"
+            )
+
+    def find(self, prompt: str) -> Sequence[Concept]:
+        return [concept[-1:] for concept in find_concepts(prompt)]
+
+    def loss(self, picture: WordMaps, before: Any) -> torch.Tensor:
+        return neglect(smooth(picture.tempered().of(picture.words.words)))
+
+    def refinement(self, step: int, num_steps: int) -> tuple[int, float]:
+        for share, enough in REFINEMENT:
+            if step == int(share * num_steps):
+                return self.refinements, enough
+        return 0, 0.0
