@@ -174,6 +174,7 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append(
             f"{row['setting']}: plain {row['plain_ms']:.2f} ms a step, attached "
             f"{row['attached_ms']:.2f} ms; ratio {row['ratio']:.4f} "
-            f"(of rounds: median {row['ratio_median']:.4f}, p20 {row['ratio_p20']:.4f}, p80 {row['ratio_p80']:.4f}, {row['rounds']} rounds)"
+            f"(of rounds: median {row['ratio_median']:.4f}, p20 {row['ratio_p20']:.4f}, "
+            f"p80 {row['ratio_p80']:.4f}; {row['rounds']} rounds)"
         )
     return "\n".join(lines)
