@@ -44,10 +44,12 @@ class PromptWords(NamedTuple):
     Attributes:
         tokens: all tokens of the prompt itself, without special tokens and padding.
         concepts: for each concept, for each of its words, its tokens.
+        labels: the words of each concept, as text.
     """
 
     tokens: tuple[int, ...]
     concepts: tuple[tuple[tuple[int, ...], ...], ...]
+    labels: tuple[str, ...] = ()
 
     @property
     def words(self) -> tuple[tuple[int, ...], ...]:
@@ -114,6 +116,7 @@ def prompt_words(
             tuple(_word_tokens(axes, texts, encoded, word) for word in concept)
             for concept in concepts
         ),
+        tuple(" ".join(concept) for concept in concepts),
     )
 
 

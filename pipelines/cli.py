@@ -60,6 +60,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
+    show_maps: Annotated[bool, typer.Option(help="also draw where concepts are seen")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved configuration only")] = False,
     as_json: Json = False,
 ) -> None:
@@ -82,7 +83,7 @@ def generate(
     if len(todo) < total:
         say(f"{total - len(todo)} of {total} images are there already")
     made = []
-    for job, record in generation.run(resolved, todo, pipeline):
+    for job, record in generation.run(resolved, todo, pipeline, show_maps):
         if drawn and not made:
             say(f"seed {resolved.seed}")
         made.append({"path": str(job.path), **record})

@@ -18,6 +18,7 @@ from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
 from dittune.pipelines.arguments import call_settings, image_size
 from dittune.pipelines.loading import fingerprint
+from dittune.pipelines.map_pictures import WatchWords, sheet
 from dittune.pipelines.media import read_record, save_png
 from dittune.pipelines.pipeline import MAX_SEED, Pipeline, public_name
 
@@ -92,8 +93,16 @@ def prepare(config: RunConfig, out: Path) -> list[Job]:
     return todo
 
 
-def run(config: RunConfig, todo: list[Job], pipeline: Pipeline) -> Iterator[tuple[Job, dict]]:
-    """Make the images one by one; yields each with its record once it is on disk."""
+def run(
+    config: RunConfig, todo: list[Job], pipeline: Pipeline, show_maps: bool = False
+) -> Iterator[tuple[Job, dict]]:
+    """Make the images one by one; yields each with its record once it is on disk.
+
+    With `show_maps` a second picture, `NAME-maps.png`, shows where each concept was looked at.
+    """
+    watch = WatchWords()
+    if show_maps:
+        pipeline.methods = [watch, *pipeline.methods]
     arguments = call_settings(pipeline.pipe, config)
     weights = fingerprint(config.model)
     for job in todo:
@@ -106,8 +115,11 @@ def run(config: RunConfig, todo: list[Job], pipeline: Pipeline) -> Iterator[tupl
             "config": _settings(config, job),
             "weights": weights,
             **{key: result.record[key] for key in ("device", "dtype", "versions")},
-            "report": result.record["report"],
+            "report": {k: v for k, v in result.record["report"].items() if k != watch.name},
         }
+        if show_maps:
+            path = job.path.with_name(f"{job.path.stem}-maps.png")
+            save_png(sheet(image, watch.seen[0]), path, record)
         save_png(image, job.path, record)  # without the seconds, so a repeat is the same file
         yield job, {**record, "seconds": result.record["seconds"]}
 

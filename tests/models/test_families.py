@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from transformers import T5Config, T5EncoderModel
 
 import dittune
 from dittune import models
-from dittune.errors import UnsupportedModelError
-from tests.tiny import FAMILIES, denoiser, latents, sd3
+from dittune.errors import ConfigError, UnsupportedModelError
+from dittune.samples.shapes.models import build_t5_tokenizer
+from dittune.tokens import words_of_pictures
+from tests.tiny import FAMILIES, denoiser, flux, latents, sd, sd3, sdxl
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,3 +98,79 @@ def test_unknown_models_are_named_with_what_is_known():
     mine = sd3().transformer
     mine.__class__ = Mine
     assert models.facts_for(mine).__name__ == "dittune.models.sd3"  # served as its parent
+
+
+def inputs_of(pipe, prompt, **settings):
+    """The denoiser's arguments at the first step, and the run."""
+    seen = []
+
+    class Look(dittune.Method):
+        def around_model(self, inputs, model):
+            seen.append(inputs)
+            return model(inputs)
+
+    with dittune.attach(pipe, Look()):
+        latents(pipe, prompt, steps=1, **settings)
+    return seen[0]
+
+
+def with_t5():
+    """A tiny SD3 whose T5 says something."""
+    pipe = sd3()
+    tokenizer, width = build_t5_tokenizer(), pipe.text_encoder_3.config.d_model
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1
+    )
+    pipe.register_modules(text_encoder_3=T5EncoderModel(config).eval(), tokenizer_3=tokenizer)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (sd3, ((2,), (3,))),  # zeros stand for T5: no axis
+        (with_t5, ((2, 32 + 1), (3, 32 + 2))),
+        (flux, ((1,), (2,))),
+        (sd, ((2,), (3,))),
+        (sdxl, ((2,), (3,))),
+    ],
+)
+def test_the_words_of_each_picture_are_found_on_the_text_axis(build, words):
+    prompts = ["a red circle", "a small red circle"]
+    inputs = inputs_of(build(), prompts, num_images_per_prompt=2, guidance_scale=3.0)
+    assert inputs.run.prompts["prompt"] == [p for p in prompts for _ in range(2)]
+    found = words_of_pictures(inputs, [("red", "circle")], lambda prompt: [], "me")
+    later = tuple(tuple(token + 1 for token in word) for word in words)
+    assert [f.words for f in found] == [words, words, later, later]
+
+
+def test_each_text_encoder_may_have_a_prompt_of_its_own():
+    for build, name in ((with_t5, "prompt_3"), (flux, "prompt_2")):
+        inputs = inputs_of(build(), "a red circle", **{name: "a blue circle"})
+        for word, place in (("blue", 1), ("circle", 2)):
+            (found,) = words_of_pictures(inputs, [(word,)], lambda prompt: [], "me")
+            assert found.words[0][-1] == place + (32 if build is with_t5 else 0)
+        if build is flux:
+            with pytest.raises(ConfigError, match="'red' is not a word of the prompt 'a blue c"):
+                words_of_pictures(inputs, [("red",)], lambda prompt: [], "me")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_latents_are_a_view_of_the_sample_that_the_scheduler_steps(family):
+    pipe, stepped = FAMILIES[family](), []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: (stepped.append(args[2]), step(*args, **kwargs))[
+        1
+    ]
+    inputs = inputs_of(pipe, "a circle", guidance_scale=3.0)
+    view = models.facts_for(denoiser(pipe)).latents(denoiser(pipe), inputs.kwargs)
+    assert torch.equal(view[-1:], stepped[0])
+    assert view.data_ptr() == inputs.kwargs[inputs.batched[0]].data_ptr()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_that_show_words_have_text_and_one_resolution(family):
+    sites = models.facts_for(denoiser(pipe := FAMILIES[family]())).sites(denoiser(pipe))
+    sharp = [site for site in sites if site.shows_words]
+    assert sharp and {site.kind for site in sharp} <= {"joint", "cross"}
+    assert len({site.stage for site in sharp}) == 1

@@ -1,5 +1,7 @@
 """Facts about FLUX: what they say is what the model does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
@@ -249,3 +251,13 @@ def test_processors_of_an_ip_adapter_are_refused():
     assert type(pipe.transformer) is before
     with dittune.attach(pipe, dittune.SoftPAG(heads="0:0")):
         pass  # a site that is left alone may keep it
+
+
+def test_the_latents_come_before_the_tokens_of_a_reference_and_the_channels_of_a_mask():
+    ids = flux()._prepare_latent_image_ids
+    picture, reference = (ids(1, 2, 3, "cpu", torch.float32) for _ in range(2))
+    reference[:, 0] = 1
+    sample = torch.randn(2, 12, 24)
+    kwargs = {"hidden_states": sample, "img_ids": torch.cat([picture, reference])}
+    view = facts.latents(SimpleNamespace(out_channels=16), kwargs)
+    assert torch.equal(view, sample[:, :6, :16]) and view.data_ptr() == sample.data_ptr()

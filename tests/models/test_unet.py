@@ -220,6 +220,9 @@ def test_image_to_image_and_inpainting(variant, build, settings):
     with dittune.attach(pipe, dittune.SoftPAG(**STEERED)) as handle:
         assert (latents(pipe, **settings) - plain).abs().max() > 1e-3
         assert handle.report()["softpag"]["perturbed_passes"] == 2
+    with dittune.attach(pipe, dittune.AStar(concepts="red, circle")) as handle:
+        assert (latents(pipe, **settings) - plain).abs().max() > 1e-3
+        assert handle.report()["a_star"]["updates"] == 2
 
 
 def test_an_inpainting_unet_predicts_fewer_channels_than_it_is_given():
@@ -233,6 +236,17 @@ def test_an_inpainting_unet_predicts_fewer_channels_than_it_is_given():
     with dittune.attach(pipe, dittune.SoftPAG(**STEERED)):
         steered = latents(pipe, **settings)
     assert steered.shape == plain.shape and not torch.equal(steered, plain)
+    with dittune.attach(pipe, dittune.AStar(scale=5.0, concepts="red, circle")) as handle:
+        moved = latents(pipe, **settings)
+        assert handle.report()["a_star"]["updates"] == 2
+    assert moved.shape == plain.shape and not torch.equal(moved, plain)
+
+
+def test_words_are_read_at_a_thirty_second_of_the_side():
+    """16 x 16 in a picture of 512, or the coarsest grid of a smaller model."""
+    for model, stage in ((three_levels(), 2), (sd().unet, 1), (sdxl().unet, 1)):
+        sharp = {site.stage for site in facts.sites(model) if site.shows_words}
+        assert sharp == {stage}
 
 
 def test_batched_names_every_argument_with_batch_rows():
