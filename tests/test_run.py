@@ -18,7 +18,7 @@ def inputs(roles=("uncond", "cond"), size=2, **changes):
         "timestep": torch.full((rows,), 7.0),
         "added": {
             "pooled": torch.arange(float(rows)),
-            "deep": [torch.arange(rows)],
+            "levels": [torch.arange(rows)],
             "none": None,
         },
         "other": "untouched",
