@@ -200,3 +200,11 @@ def test_latents_of_another_shape_are_refused():
     with stepping_from(run, made), pytest.raises(SeamError, match=r"\(1, 4, 4, 4\), .*\(2, 4"):
         run.latents = torch.zeros(2, 4, 4, 4)
         made.step(sample, made.timesteps[0], sample)
+
+
+def test_a_step_that_never_comes_to_us_is_an_error():
+    pipe = sd()
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)
+    with dittune.attach(pipe, Shift()), pytest.raises(SeamError, match="step was not asked to"):
+        latents(pipe)
