@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+from dittune.methods import available_methods
 from dittune.pipelines import cli
 from dittune.pipelines.media import grid, read_record
 
@@ -139,7 +140,9 @@ def test_dry_run_writes_nothing(generate, tmp_path):
 
 def test_lists(dittune, saved):
     assert "softpag" in dittune("methods")[1]
-    assert json.loads(dittune("methods", "--json")[1])[0]["settings"]["u"] == 1.0
+    methods = {m["name"]: m["settings"] for m in json.loads(dittune("methods", "--json")[1])}
+    assert methods["softpag"]["u"] == 1.0 and methods["conform"]["temperature"] == 0.5
+    assert set(methods) == set(available_methods())
     listed = dittune("models")[1]
     assert all(family in listed for family in ("sd3", "flux", "unet"))
     assert all(f"{name}Model" in listed for name in ("SD3Transformer2D", "UNet2DCondition"))
