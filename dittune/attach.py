@@ -147,6 +147,11 @@ class Attachment:
 
         def step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
             run, given = self.run, tensors["latents"]
+            if run.latents is not None:
+                raise SeamError(
+                    f"{type(pipe.scheduler).__name__}.step was not asked to step latents that a "
+                    "method has changed; is it wrapped, or another scheduler used?"
+                )
             latents = given
             for method in self._acting:
                 if method.acts_at(run.step, run.num_steps):

@@ -200,3 +200,26 @@ def test_latents_of_another_shape_are_refused():
     with stepping_from(run, made), pytest.raises(SeamError, match=r"\(1, 4, 4, 4\), .*\(2, 4"):
         run.latents = torch.zeros(2, 4, 4, 4)
         made.step(sample, made.timesteps[0], sample)
+
+
+def test_a_step_that_never_comes_to_us_is_an_error():
+    pipe = sd()
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)
+    with dittune.attach(pipe, Shift()), pytest.raises(SeamError, match="step was not asked to"):
+        latents(pipe)
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "SASolverScheduler"])
+def test_a_corrector_does_not_take_our_latents_back(name):
+    """It would go from the last step's sample to its own idea of this one's."""
+    ours, sample = scheduler(name), torch.randn(1, 4, 4, 4)
+    for t in ours.timesteps[:2]:
+        sample = step(ours, torch.randn_like(sample), t, sample)
+    expected, t, prediction = copy.deepcopy(ours), ours.timesteps[2], torch.randn_like(sample)
+    expected.last_sample = None
+    run = Run()
+    with stepping_from(run, ours):
+        run.latents = sample + 0.5
+        moved = step(ours, prediction, t, sample)
+    assert torch.equal(moved, step(expected, prediction, t, sample + 0.5))
