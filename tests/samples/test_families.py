@@ -113,6 +113,7 @@ def test_a_pipeline_computes_what_training_computed(family, work, tmp_path):
 @pytest.mark.slow
 @families
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch itself
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
 def test_compiled_bf16_gradients_are_as_good_as_eager_ones(family, work):
     """A compiler has miscompiled the autoencoder; where it does so here, do not compile."""
     torch.manual_seed(0)
