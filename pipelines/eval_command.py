@@ -16,7 +16,7 @@ from dittune.pipelines.arguments import call_settings
 from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
-from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.pipeline import Pipeline, public_name
 from dittune.pipelines.team import Team
 
 PLAIN = "none"
@@ -98,14 +98,9 @@ def eval_command(
             sweep.partition("=")[0]: [by_label[v.label] for v in group]
             for sweep, group in swept.items()
         }
-        picture = curves.draw(lines, rows[0], f"{public(config.model)}, {prompts} prompts")
+        picture = curves.draw(lines, rows[0], f"{public_name(config.model)}, {prompts} prompts")
         (out / "curves.svg").write_text(picture, encoding="utf-8")
     return table, document
-
-
-def public(model: str) -> str:
-    """A model's name without the folder it lies in."""
-    return model.rstrip("/").rpartition("/")[2]
 
 
 def without_guidance(label: str) -> str:

@@ -10,27 +10,25 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dittune.errors import ConfigError
 from dittune.method import Method
 from dittune.pipelines.arguments import guidance
+from dittune.pipelines.headhunt.objectives import Objective
 from dittune.pipelines.media import grid
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
 from dittune.pipelines.team import Team
 from dittune.samples.shapes import score, world
 from dittune.samples.shapes.prompts import PROMPT_SETS, prompt_set
-
-Objective = Callable[[Sequence[Image.Image], Sequence[str]], list[float]]
 
 GRID_PROMPTS = 8  # columns of the picture grid
 

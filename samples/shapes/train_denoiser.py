@@ -82,10 +82,7 @@ def train(
     bundle = FAMILIES[family]()
     if init is not None:
         load_weights(bundle, init)
-    config = AutoencoderKL.load_config(vae)
-    offset = (
-        0.0 if bundle.has_shifted_latents else config["shift_factor"] * config["scaling_factor"]
-    )
+    offset = 0.0 if bundle.has_shifted_latents else latent_shift(vae)
     forward = torch.compile(bundle) if compiled else bundle
     generator = torch.Generator()
 
