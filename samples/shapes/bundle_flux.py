@@ -46,6 +46,7 @@ class FluxBundle(nn.Module):
     )
     loss_name: ClassVar = "flow"
     has_shifted_latents: ClassVar = True
+    compiles: ClassVar = True
 
     def __init__(self):
         super().__init__()

@@ -65,6 +65,7 @@ class SD3Bundle(nn.Module):
     matrices: ClassVar = r"\.attn\.|\.ff\.|\.ff_context\.|\.mlp\.|self_attn"
     loss_name: ClassVar = "flow"
     has_shifted_latents: ClassVar = True
+    compiles: ClassVar = True
 
     def __init__(self):
         super().__init__()

@@ -203,8 +203,8 @@ def build_flux_transformer(
     )
 
 
-def build_unet(widths: tuple[int, int] = (64, 128), text_width: int = 128) -> UNet2DConditionModel:
-    """Self and cross attention at 16 x 16 and 8 x 8."""
+def build_unet(widths: tuple[int, int] = (32, 128), text_width: int = 128) -> UNet2DConditionModel:
+    """Self and cross attention at 16 x 16 (2 heads) and 8 x 8 (4 heads)."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
@@ -213,7 +213,7 @@ def build_unet(widths: tuple[int, int] = (64, 128), text_width: int = 128) -> UN
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         block_out_channels=widths,
         layers_per_block=1,
-        attention_head_dim=tuple(width // 32 for width in widths),  # the number of heads, in fact
+        attention_head_dim=(2, 4),  # the number of heads, in fact
         cross_attention_dim=text_width,
     )
 

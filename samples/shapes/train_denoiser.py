@@ -9,6 +9,7 @@ A family is one `nn.Module`, its bundle, with
 - `parts`: names of its modules that end up in the pipeline;
 - `matrices`: a pattern of parameter names; the matrices among them are trained with Muon;
 - `loss_name`: what the loss log calls the error of the prediction;
+- `compiles`: whether `torch.compile` computes its gradients right;
 - `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
 - `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
 - `forward(*inputs)` -> (prediction, label logits `[B, 64, 17]`);
@@ -24,8 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dittune.checkpoints import checkpoint
 from dittune.samples.shapes import data
@@ -35,6 +38,18 @@ from dittune.samples.shapes.bundle_sd3 import SD3Bundle
 from dittune.samples.shapes.trainer import Trainer, processes
 
 FAMILIES = {"sd3": SD3Bundle, "flux": FluxBundle, "sd": SDBundle}
+
+
+class Float32Attention(TorchFunctionMode):
+    """Float32 attention under autocast: its bfloat16 backward is several times slower on a CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value, *rest = args
+        with torch.autocast("cpu", enabled=False):
+            return func(query.float(), key.float(), value.float(), *rest, **kwargs)
 
 
 def split_parameters(bundle: nn.Module) -> tuple[list, list]:
@@ -83,7 +98,7 @@ def train(
     if init is not None:
         load_weights(bundle, init)
     offset = 0.0 if bundle.has_shifted_latents else latent_shift(vae)
-    forward = torch.compile(bundle) if compiled else bundle
+    forward = torch.compile(bundle) if compiled and bundle.compiles else bundle
     generator = torch.Generator()
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
@@ -91,7 +106,7 @@ def train(
         generator.manual_seed(step * world_size + rank)
         latents, texts, labels = drawn.batch(batch // world_size, rng)
         inputs, target = bundle.prepare(latents + offset, texts, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), Float32Attention():
             prediction, logits = forward(*inputs)
         error = (prediction.float() - target).square().mean()
         label = label_loss(logits, labels)
