@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from dittune.checkpoints import checkpoint
 from dittune.samples.shapes import data
@@ -47,9 +48,13 @@ class Float32Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query, key, value, *rest = args
+        args, kwargs = tree_map_only(torch.Tensor, _widen, (args, kwargs))
         with torch.autocast("cpu", enabled=False):
-            return func(query.float(), key.float(), value.float(), *rest, **kwargs)
+            return func(*args, **kwargs)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def split_parameters(bundle: nn.Module) -> tuple[list, list]:
