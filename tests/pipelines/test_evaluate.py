@@ -87,6 +87,24 @@ def test_paired_difference_is_over_prompts():
     assert eval_table.paired_difference(better[:2], base[:2]) is None
 
 
+def test_share_of_failures_removed():
+    """Against a jackknife over prompts, which is another way to the interval."""
+    rng = np.random.default_rng(0)
+    was, now = rng.random(400) < 0.6, rng.random(400) < 0.7
+    base, variant = (
+        [ImageScore(v, str(p), 0, 1, bool(x), True, True, 0, math.nan, 0.1, 1.0)
+         for p, x in enumerate(hits)]
+        for v, hits in (("a", was), ("b", now))
+    )  # fmt: skip
+    ratio, low, high = eval_table.failures_removed(variant, base)
+    assert ratio == pytest.approx((now.sum() - was.sum()) / (~was).sum())
+    total, failed = now.sum() - was.sum(), (~was).sum()
+    left_out = (total - (1.0 * now - was)) / (failed - ~was)
+    half = 1.96 * (399 * left_out.var()) ** 0.5
+    assert high - ratio == pytest.approx(half, rel=0.02) == ratio - low
+    assert eval_table.failures_removed(variant, [replace(s, success=True) for s in base]) is None
+
+
 def test_difference_to_the_mean_of_a_sweep():
     def scores(variant, hits):
         return [
@@ -105,8 +123,11 @@ def test_prompts(tmp_path):
     assert evaluate.load_prompts("test") == list(prompt_set("test"))
     some = evaluate.load_prompts("test", 24)
     assert len(some) == 24 and len({len(world.parse(p).objects) for p in some}) == 4
+    assert {len(world.parse(p).objects) for p in evaluate.load_prompts("test", 9, [2, 3])} == {2, 3}
     path = tmp_path / "mine.txt"
     path.write_text("a red circle\n\n")
+    with pytest.raises(ConfigError, match="no prompt with 2 or 3 objects"):
+        evaluate.load_prompts(str(path), objects=[2, 3])
     assert evaluate.load_prompts(str(path)) == ["a red circle"]
     path.write_text("a photo of a cat\n")
     with pytest.raises(ConfigError, match="cannot judge"):
