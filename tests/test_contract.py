@@ -47,7 +47,7 @@ ACTIVE = {
     "a_star": [{}, {"concepts": "red, circle", "scale": 5.0, "checkpointing": True}],
     "conform": [{"concepts": "red, circle", "stop": 1.0, "refinements": 1}],
     "attention_regulation": [{}, {"concepts": "red+circle", "scale": 2.0, "layers": "0"}],
-    "shared_attention": [{}, {"subjects": "red circle", "masks": BOXES}],
+    "shared_attention": [{}, {"subjects": "red circle", "masks": BOXES.partition(";")[0]}],
     "isolation": [
         {"subjects": "red circle", "isolate": False},
         {"subjects": "red circle, blue square", "references": 0, "masks": BOXES},

@@ -1,8 +1,9 @@
 """Marks: what makes one red circle differ from another, and no caption says.
 
-A marked object has a notch, cut in from the left, right, top or bottom. Two pictures of one subject
-must agree in its mark, which only another picture can tell; so marks measure whether a subject stays
-the same. Notches survive the autoencoder of the plain world, where shades of a colour do not.
+A marked object has a notch, cut in from the left, right, top or bottom. Two pictures of one
+subject must agree in its mark, which only another picture can tell; so marks measure whether a
+subject stays the same. Notches survive the autoencoder of the plain world, where shades of a colour
+do not.
 Scenes of `world.py` are all `plain`; marks are drawn from a generator of their own.
 """
 

@@ -1,8 +1,8 @@
 """Reads marked objects as `score.py` reads plain ones, and from which side each is notched.
 
 Colours and outlines come from `score.py`; shape and mark are decided together, by the overlap with
-drawn templates. A notch may cut the box of an object, so each template is laid into the box that was
-found by its own box.
+drawn templates. A notch may cut the box of an object, so each template is laid into the box that
+was found by its own box.
 """
 
 from __future__ import annotations
@@ -76,3 +76,15 @@ def _measure(color: int, alpha: np.ndarray) -> MarkedObject:
         shape = mark = "unknown"
     name = list(world.COLORS)[color]
     return MarkedObject(name, shape, x, y, radius, round(fit, 4), float(alpha.sum()), mark)
+
+
+def mask_of(picture: np.ndarray, color: str, shape: str) -> np.ndarray:
+    """Where the object of a colour and shape is, bool as large as the picture; False if nowhere."""
+    solid = np.zeros((world.CANVAS, world.CANVAS), bool)
+    for number, alpha in score.outlines(picture)[1]:
+        found = _measure(number, alpha)
+        if (found.color, found.shape) == (color, shape) and found.area >= score.MIN_AREA:
+            solid = alpha >= 0.5
+            break
+    k = picture.shape[0] // world.CANVAS
+    return np.kron(solid, np.ones((k, k), bool))
