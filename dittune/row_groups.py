@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from dittune.call import AttnCall, TokenLayout
-from dittune.errors import ConfigError
+from dittune.errors import ConfigError, UnsupportedModelError
 
 
 class RowGroup(NamedTuple):
@@ -129,8 +129,7 @@ def _attend(call: AttnCall, plan: PicturePlan, proceed) -> torch.Tensor:
         tokens = foreign.tokens + call.layout.image[0]
         key = other.key[:, :, tokens]
         if foreign.shift is not None:
-            host = call.run.host
-            key = host.facts.move_keys(host.model, key, foreign.shift)
+            key = _moved(call, key, foreign.shift)
         keys.append(key)
         values.append(other.value[:, :, tokens])
     key, value = torch.cat(keys, 2), torch.cat(values, 2)  # (C, H, K, D)
@@ -150,3 +149,13 @@ def _attend(call: AttnCall, plan: PicturePlan, proceed) -> torch.Tensor:
         parts.append(proceed(few))
     rows = torch.cat([group.rows for group in plan.groups])
     return torch.cat(parts, 2)[:, :, rows.argsort()]
+
+
+def _moved(call: AttnCall, key: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    host = call.run.host
+    if not hasattr(host.facts, "move_keys"):
+        raise UnsupportedModelError(
+            f"dittune does not know how {type(host.model).__name__} marks places in its keys; use "
+            "isolation with reposition=False"
+        )
+    return host.facts.move_keys(host.model, key, shift)

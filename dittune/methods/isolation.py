@@ -30,7 +30,8 @@ class Isolation(SubjectMethod):
             read, `keep` then drops rows only. Keys of FLUX get the place they are moved to; those
             of UNets and SD3 have none, and there only the size of the subject changes.
 
-    References themselves are left alone. `references=0` is isolation in every picture.
+    References themselves are left alone. `references=0` is isolation in every picture; without
+    `subjects` nothing changes.
 
     Differs: no mutual cross-attention and no feature injection; small masks are not widened to
     boxes; a subject has tokens to itself, where masks meet the nearer one has them.

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 import dittune
-from dittune.errors import ConfigError, SelectionError
+from dittune.errors import ConfigError, SelectionError, UnsupportedModelError
 from dittune.methods.isolation import Isolation, reposition
 from dittune.models import facts_for, sd3
 from dittune.row_groups import attend_by_plans
@@ -182,6 +182,15 @@ def test_what_cannot_be_shared_is_refused(settings, says):
     settings = {"subjects": SUBJECTS, "references": 2, "masks": BOXES, **settings}
     with dittune.attach(pipe, Isolation(**settings)), pytest.raises(ConfigError, match=says):
         latents(pipe, PROMPTS)
+
+
+def test_a_family_whose_keys_nobody_knows_is_refused():
+    call = call_of("image first")
+    method = Isolation(subjects=SUBJECTS, references=2)
+    plans = run_plan(method, call)
+    call.run.host = SimpleNamespace(facts=SimpleNamespace(), model=None)
+    with pytest.raises(UnsupportedModelError, match="use isolation with reposition=False"):
+        attend_by_plans(call, plans, core)
 
 
 def test_wrong_settings_are_refused():
