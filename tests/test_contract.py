@@ -29,7 +29,7 @@ NEUTRAL = {
         {"subjects": "red circle", "isolate": False, "references": 0},
         {"subjects": "red circle", "references": 0},  # one subject alone
     ],
-    "regions": [{}, {"regions": "0,0,1,1: red circle"}, {"start": 0.1, "stop": 0.1}],
+    "regions": [{}, {"regions": "0,0,1,1: red circle", "scale": 0.0}, {"start": 0.1, "stop": 0.1}],
 }
 PAIR = ["a red circle", "a red circle and a blue square"]
 BOXES = "0,0,0.5,1: red circle; 0.5,0,1,1: blue square"
