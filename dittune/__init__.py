@@ -27,6 +27,9 @@ _LAZY = {
     "AttendAndExcite": "dittune.methods.attend_and_excite",
     "AttentionRegulation": "dittune.methods.attention_regulation",
     "Conform": "dittune.methods.conform",
+    "Isolation": "dittune.methods.isolation",
+    "Regions": "dittune.methods.regions",
+    "SharedAttention": "dittune.methods.shared_attention",
     "SoftPAG": "dittune.methods.softpag",
     "SoftPAGGuidance": "dittune.guider",
 }

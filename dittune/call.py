@@ -5,7 +5,7 @@ Shape letters: `B` batch rows, `H` heads, `Sq`/`Skv` query/key tokens, `D` head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,6 +115,17 @@ class AttnCall(NamedTuple):
             value=self.value[first:last],
             options=options,
             roles=self.roles[first // size : last // size],
+        )
+
+    def take_pictures(self, pictures: Sequence[int]) -> AttnCall:
+        """The call for the rows of some pictures only, in every role's chunk."""
+        count = self.query.shape[0] // len(self.roles)
+        rows = [i * count + picture for i in range(len(self.roles)) for picture in pictures]
+        options, mask = self.options, self.options.get("attn_mask")
+        if mask is not None and mask.ndim > 2 and mask.shape[0] > 1:
+            options = {**options, "attn_mask": mask[rows]}
+        return self._replace(
+            query=self.query[rows], key=self.key[rows], value=self.value[rows], options=options
         )
 
     def take_queries(self, first: int, last: int) -> AttnCall:

@@ -27,6 +27,7 @@ from dittune.pipelines.cli_options import (
     say,
 )
 from dittune.pipelines.cli_scores import evaluate, headhunt
+from dittune.pipelines.cli_story import story, story_eval
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -50,6 +51,7 @@ def generate(
     model: Model = None,
     method: Methods = None,
     set_: Sets = None,
+    region: Annotated[list[str] | None, typer.Option(help="'x0,y0,x1,y1: PHRASE'")] = None,
     config: ConfigFile = None,
     from_: Annotated[Path | None, typer.Option("--from", help="repeat this PNG")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="what not to draw")] = None,
@@ -72,6 +74,12 @@ def generate(
     flags = {"model": model, "negative_prompt": negative_prompt, "seed": seed, "size": size}
     flags |= {"num_images": num_images, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype, "prompts": read_prompts(prompt, prompts_file)}
+    if region:
+        from dittune.pipelines.region_prompts import with_regions
+
+        flags["prompts"], regions = with_regions(flags["prompts"] or (), region)
+        method = [*(method or ()), "regions"]
+        set_ = [*(set_ or ()), f"regions.regions={regions}"]
     resolved = resolve_flags(config, from_, flags, method, set_)
     if dry_run:
         generation.check(resolved)
@@ -96,6 +104,8 @@ def generate(
 
 app.command("eval")(evaluate)
 app.command("headhunt")(headhunt)
+app.command("story")(story)
+app.command("story-eval")(story_eval)
 
 
 @app.command()

@@ -41,3 +41,27 @@ def bench_memory() -> None:
     from dittune.pipelines import bench_memory
 
     emit(bench_memory.bench_memory())
+
+
+@bench_app.command("regions")
+def bench_regions(
+    prompts: Annotated[str, typer.Option(help="train, val or test")] = "val",
+    limit: Annotated[int, typer.Option(min=1, help="use this many prompts of two objects")] = 40,
+    scale: Annotated[list[float] | None, typer.Option(help="of regions; one row each")] = None,
+    stop: Annotated[float, typer.Option(help="share of the steps after which it stops")] = 0.7,
+    model: Model = "shapes-sd3",
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance_scale: Annotated[float, typer.Option()] = 3.5,
+    as_json: Json = False,
+) -> None:
+    """Objects of the Shapes world inside their boxes, with and without `regions`."""
+    from dittune.methods.regions import Regions
+    from dittune.pipelines import region_eval as evaluation
+    from dittune.pipelines.pipeline import Pipeline
+
+    variants = [None, *(Regions(scale=value, stop=stop) for value in scale or [1.0])]
+    rows = evaluation.evaluate_regions(
+        Pipeline.from_pretrained(model), evaluation.region_prompts(prompts, limit), variants,
+        num_inference_steps=steps, guidance_scale=guidance_scale,
+    )  # fmt: skip
+    emit(rows) if as_json else print(evaluation.as_markdown(rows), end="")

@@ -23,6 +23,13 @@ MAY_IMPORT = {
     "dittune/tokens.py": {"call", "errors", "run"},
     "dittune/attn_maps.py": {"call", "errors", "tokens"},
     "dittune/map_losses.py": set(),
+    "dittune/boxes.py": {"errors"},
+    "dittune/row_groups.py": {"call", "errors"},
+    "dittune/subject_masks.py": {"attn_maps", "boxes", "errors", "tokens"},
+    "dittune/subject_method.py": {
+        "attn_maps", "boxes", "call", "errors", "method", "row_groups", "run", "subject_masks",
+        "tokens",
+    },
     "dittune/latent_inputs.py": {"run"},
     "dittune/latent_step.py": {
         "attn_maps", "call", "errors", "latent_inputs", "method", "run", "scheduler_seam", "tokens",
@@ -38,8 +45,9 @@ MAY_IMPORT = {
         "class_swap", "denoiser", "errors", "method", "models", "run", "scheduler_seam",
     },
     "dittune/methods/": {
-        "attn_maps", "call", "errors", "heads", "kernels", "latent_step", "map_losses", "method",
-        "patterns", "perturbation", "run", "tokens",
+        "attn_maps", "boxes", "call", "errors", "heads", "kernels", "latent_step", "map_losses",
+        "method", "patterns", "perturbation", "row_groups", "run", "subject_masks",
+        "subject_method", "tokens",
     },
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},

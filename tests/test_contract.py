@@ -23,7 +23,17 @@ NEUTRAL = {
     "a_star": [{"scale": 0.0}, {"stop": 0.0}],
     "conform": [{"scale": 0.0}, {"stop": 0.0}, {"stop": 1.0, "refinements": 0}],  # one concept
     "attention_regulation": [{"scale": 0.0}, {"start": 0.3, "stop": 0.3}],
+    "shared_attention": [{"references": 0}, {"keep": 0.0}, {"start": 0.5, "stop": 0.5}],
+    "isolation": [
+        {},
+        {"subjects": "red circle", "isolate": False, "references": 0},
+        {"subjects": "red circle", "references": 0},  # one subject alone
+    ],
+    "regions": [{}, {"regions": "0,0,1,1: red circle", "scale": 0.0}, {"start": 0.1, "stop": 0.1}],
 }
+PAIR = ["a red circle", "a red circle and a blue square"]
+BOXES = "0,0,0.5,1: red circle; 0.5,0,1,1: blue square"
+PROMPTS = {"shared_attention": PAIR, "isolation": PAIR}  # of the active settings; else one picture
 ACTIVE = {
     "softpag": [
         {"heads": "0:1,1:*"},
@@ -37,6 +47,12 @@ ACTIVE = {
     "a_star": [{}, {"concepts": "red, circle", "scale": 5.0, "checkpointing": True}],
     "conform": [{"concepts": "red, circle", "stop": 1.0, "refinements": 1}],
     "attention_regulation": [{}, {"concepts": "red+circle", "scale": 2.0, "layers": "0"}],
+    "shared_attention": [{}, {"subjects": "red circle", "masks": BOXES.partition(";")[0]}],
+    "isolation": [
+        {"subjects": "red circle", "isolate": False},
+        {"subjects": "red circle, blue square", "references": 0, "masks": BOXES},
+    ],
+    "regions": [{"regions": "0,0,0.5,1: red circle"}, {"regions": "0,0,1,1: circle", "scale": 2.0}],
     "merge_padding": [],  # never changes the picture, only what it costs
 }
 
@@ -86,18 +102,18 @@ def test_neutral_is_bitwise_plain(name, settings, family, guidance_scale):
 
 @pytest.mark.parametrize(("name", "settings", "family"), cases(ACTIVE))
 def test_active_changes_the_output_and_detach_restores_everything(name, settings, family):
-    pipe = FAMILIES[family]()
-    plain = latents(pipe)
+    pipe, prompt = FAMILIES[family](), PROMPTS.get(name, "a red circle")
+    plain = latents(pipe, prompt)
     before = snapshot(pipe)
     with dittune.attach(pipe, dittune.load_method(name)(**settings)):
         assert snapshot(pipe) != before
-        changed = latents(pipe)
-        assert torch.equal(latents(pipe), changed)  # equal seeds, equal images
-        other_size = latents(pipe, height=16, width=64)
+        changed = latents(pipe, prompt)
+        assert torch.equal(latents(pipe, prompt), changed)  # equal seeds, equal images
+        other_size = latents(pipe, prompt, height=16, width=64)
     assert (changed - plain).abs().max() > 1e-4
     assert other_size.shape[-2:] == (4, 16) and other_size.isfinite().all()
     assert snapshot(pipe) == before
-    assert torch.equal(latents(pipe), plain)
+    assert torch.equal(latents(pipe, prompt), plain)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

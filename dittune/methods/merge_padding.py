@@ -57,17 +57,24 @@ class MergePadding(Method):
         count = call.run.memory(self).equal
         if count < 2:
             return proceed(call)
-        bias = call.query.new_zeros(1, 1, 1, call.key.shape[2])
-        bias[..., call.layout.text[1] - 1] = math.log(count)
-        return proceed(call._replace(core=functools.partial(_with_bias, call.core, bias)))
+        return proceed(call._replace(core=functools.partial(_weighted, call.core, count)))
 
     def report(self, run: Run) -> dict[str, Any]:
         return {"merged_tokens": getattr(run.memory(self), "equal", 0)}
 
 
-def _with_bias(core: Callable, bias: torch.Tensor, call: AttnCall) -> torch.Tensor:
-    if call.options.get("attn_mask") is not None:
+def _weighted(core: Callable, count: int, call: AttnCall) -> torch.Tensor:
+    """The core with `log count` added to the logit of the last text token.
+
+    Methods after this one may have chosen other keys, and the layout says where the text is now.
+    """
+    mask = call.options.get("attn_mask")
+    if mask is not None and (mask.dtype == torch.bool or mask.shape[:3] != (1, 1, 1)):
         raise ConfigError("merge_padding: the model masks its attention already; leave it out")
+    bias = call.query.new_zeros(1, 1, 1, call.key.shape[2])
+    bias[..., call.layout.text[1] - 1] = math.log(count)
+    if mask is not None:
+        bias = bias + mask
     return core(call._replace(options={**call.options, "attn_mask": bias}))
 
 

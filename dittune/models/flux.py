@@ -88,6 +88,27 @@ def latents(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
     return kwargs["hidden_states"][:, : height * width, : model.out_channels]
 
 
+def move_keys(model: nn.Module, key: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Keys as they were at other places of the grid, whose rotary embedding is turned on.
+
+    Args:
+        key: `[..., n, D]`, after the embedding.
+        shift: `[n, 2]`, rows and columns each key is moved by.
+
+    Source: RoFormer (arXiv 2104.09864), eq. 16: rotations add up.
+    """
+    angles = [torch.zeros(len(shift), model.pos_embed.axes_dim[0] // 2, dtype=torch.float64)]
+    for axis, width in enumerate(model.pos_embed.axes_dim[1:]):
+        power = torch.arange(0, width, 2, dtype=torch.float64) / width
+        moved = shift[:, axis].double().cpu()
+        angles.append(moved[:, None] * model.pos_embed.theta**-power)
+    angle = torch.cat(angles, 1)  # (n, D / 2)
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    pairs = torch.view_as_complex(key.to(dtype).unflatten(-1, (-1, 2)).contiguous())
+    turn = torch.polar(torch.ones_like(angle), angle).to(pairs.dtype).to(key.device)
+    return torch.view_as_real(pairs * turn).flatten(-2).to(key.dtype)
+
+
 def _grid(ids: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of the first picture in ids `[S, 3]`, each `(picture, row, column)`.
 

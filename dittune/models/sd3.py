@@ -91,3 +91,11 @@ def text_axes(pipe: Any, kwargs: dict[str, Any]) -> list[TextAxis]:
 def latents(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
     """The part of the sample that the scheduler steps, a view; masks of inpainting follow it."""
     return kwargs["hidden_states"][:, : model.config.out_channels]
+
+
+def move_keys(model: nn.Module, key: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Keys as they were at other places of the grid: the same, since none knows its place.
+
+    What hidden states know of theirs, from the embedding of the patches, stays in them.
+    """
+    return key

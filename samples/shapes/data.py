@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from dittune.samples.shapes import world
+from dittune.samples.shapes import marks, world
 
 SCENES = 80_000
 LABELS = len(world.COLORS) + len(world.BACKGROUNDS) + len(world.SHAPES)
@@ -47,18 +47,23 @@ def token_labels(scene: world.Scene, tokens: int = 8) -> np.ndarray:
 
 
 class SceneLatents:
-    """Training scenes with their latents, made once and kept on disk."""
+    """Training scenes with their latents, made once and kept on disk.
 
-    def __init__(self, work: Path, vae_folder: Path, count: int = SCENES):
-        rng = np.random.default_rng(3)
+    With `marked` > 0 each object of the same scenes is notched with that probability.
+    """
+
+    def __init__(self, work: Path, vae_folder: Path, count: int = SCENES, marked: float = 0.0):
+        rng, draw = np.random.default_rng(3), np.random.default_rng(6)
         self.scenes = [world.sample_scene(rng) for _ in range(count)]
-        path = work / f"latents-{count}.pt"
+        self.marks = [marks.sample_marks(draw, len(s.objects), marked) for s in self.scenes]
+        path = work / (f"latents-{count}-marked-{marked:g}.pt" if marked else f"latents-{count}.pt")
         if not path.exists():
             vae = AutoencoderKL.from_pretrained(vae_folder).eval()
             config, parts = vae.config, []
             with torch.no_grad():
                 for i in tqdm(range(0, count, 200), desc="latents", mininterval=5):
-                    pictures = np.stack([world.draw(s) for s in self.scenes[i : i + 200]])
+                    some = zip(self.scenes[i : i + 200], self.marks[i : i + 200], strict=True)
+                    pictures = np.stack([marks.draw(scene, own) for scene, own in some])
                     x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2))
                     x = x.contiguous(memory_format=torch.channels_last)
                     with torch.autocast("cpu", torch.bfloat16):

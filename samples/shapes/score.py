@@ -16,9 +16,7 @@ import numpy as np
 from dittune.samples.shapes import world
 
 NEAR = 80.0  # RGB distance below which a pixel can be of a palette colour
-MIXED = (
-    45.0  # RGB distance from the line background..colour below which a pixel is a mix of the two
-)
+MIXED = 45.0  # RGB distance from the line background..colour below which a pixel is a mix
 MIN_AREA = 16.0  # pixels; less is a speck
 MIN_FIT = 0.75  # overlap with the best template below which a shape is "unknown"
 MIN_ASPECT = 0.75  # an object whose box is flatter than this is no shape of the world
@@ -87,6 +85,13 @@ def segment(picture: np.ndarray) -> tuple[str, list[FoundObject]]:
     Raises:
         ValueError: another shape or type.
     """
+    background, found = outlines(picture)
+    measured = [_measure(color, alpha) for color, alpha in found]
+    return background, [thing for thing in measured if thing.area >= MIN_AREA]
+
+
+def outlines(picture: np.ndarray) -> tuple[str, list[tuple[int, np.ndarray]]]:
+    """The name of the background; number of the colour and share of each pixel of each object."""
     pixels = _to_canvas(picture)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
@@ -104,10 +109,7 @@ def segment(picture: np.ndarray) -> tuple[str, list[FoundObject]]:
             if _eroded(part).sum() >= 3:  # a rim is too thin to survive this
                 cores.append((color, part))
     taken = sum((part.astype(int) for _, part in cores), np.zeros(label.shape, int))
-    found = [
-        _measure(color, _alpha(pixels, ground, color, part, taken - part)) for color, part in cores
-    ]
-    return background, [thing for thing in found if thing.area >= MIN_AREA]
+    return background, [(c, _alpha(pixels, ground, c, p, taken - p)) for c, p in cores]
 
 
 def score(picture: np.ndarray, request: world.Request | str) -> Score:
@@ -122,7 +124,11 @@ def score(picture: np.ndarray, request: world.Request | str) -> Score:
     """
     if isinstance(request, str):
         request = world.parse(request)
-    background, found = segment(picture)
+    return judge(*segment(picture), request)
+
+
+def judge(background: str, found: list[FoundObject], request: world.Request) -> Score:
+    """Answer every question about what was read from a picture."""
     free, matched = list(found), []
     for named in request.objects:
         fitting = [f for f in free if (f.color, f.shape) == (named.color, named.shape)]
@@ -170,12 +176,8 @@ def psnr(first: np.ndarray, second: np.ndarray, outside: np.ndarray | None = Non
 
 def _to_canvas(picture: np.ndarray) -> np.ndarray:
     side = picture.shape[0] if picture.ndim == 3 else 0
-    if (
-        not side
-        or picture.shape != (side, side, 3)
-        or side % world.CANVAS
-        or picture.dtype != np.uint8
-    ):
+    is_square = bool(side) and picture.shape == (side, side, 3)
+    if not is_square or side % world.CANVAS or picture.dtype != np.uint8:
         raise ValueError(
             f"expected a uint8 picture [side, side, 3] with side a multiple of {world.CANVAS}, "
             f"got {picture.dtype} {picture.shape}"
@@ -234,9 +236,8 @@ def _measure(color: int, alpha: np.ndarray) -> FoundObject:
     for grow in (0.0, 0.5, 1.0):  # thin corners fall below the threshold that gave the box
         radius = (half_h + half_w) / 2 + grow
         for name in world.SHAPES:
-            for rise in (
-                (0.0, grow) if name == "triangle" and grow else (0.0,)
-            ):  # only its apex is thin
+            is_thin = name == "triangle" and grow  # only its apex is
+            for rise in (0.0, grow) if is_thin else (0.0,):
                 template = world.coverage(name, x, y - rise, radius, world.CANVAS)
                 fit = np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum()
                 best = max(best, (float(fit), name, float(x), float(y - rise), float(radius)))

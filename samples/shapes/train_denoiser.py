@@ -82,6 +82,7 @@ def train(
     batch: int = 64,
     scenes: int = data.SCENES,
     compiled: bool = True,
+    marked: float = 0.0,
 ) -> None:
     """Train `work/FAMILY`; `export` makes a pipeline of it.
 
@@ -90,12 +91,13 @@ def train(
         batch: pictures per step, over all processes.
         scenes: how many training scenes there are.
         compiled: run through `torch.compile`.
+        marked: share of objects with a mark, which no caption names (`marks.py`).
     """
     rank, world_size = processes()
     if rank > 0:
         dist.barrier()  # the first process writes the autoencoder and the latents
     vae = provide_autoencoder(work, init)
-    drawn = data.SceneLatents(work, vae, scenes)
+    drawn = data.SceneLatents(work, vae, scenes, marked)
     if rank == 0 and world_size > 1:
         dist.barrier()
     torch.manual_seed(4)

@@ -1,0 +1,117 @@
+"""The commands about stories: `story` makes one, `story-eval` measures whether subjects stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dittune.pipelines.cli_options import (
+    ConfigFile,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Methods,
+    Model,
+    Sets,
+    Steps,
+    emit,
+    parse_counts,
+    read_prompts,
+    resolve_flags,
+    say,
+)
+
+MASKS_HELP = "maps (the model's own attention), shapes, or MODULE:FUNCTION, a segmenter"
+
+
+def story(
+    subject: Annotated[list[str], typer.Option(help="prompt of a reference: 'a red circle'")],
+    scenes: Annotated[Path, typer.Option(help="one scene a line; it names its subjects")],
+    masks: Annotated[str, typer.Option(help=MASKS_HELP)] = "maps",
+    model: Model = None,
+    method: Methods = None,
+    set_: Sets = None,
+    config: ConfigFile = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the first reference")] = 0,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    size: Annotated[str | None, typer.Option(help="SIDE or WIDTHxHEIGHT in pixels")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs/story"),
+    as_json: Json = False,
+) -> None:
+    """Make scenes in which the same subjects appear; run again, it continues where it stopped.
+
+    The method is `isolation` if none is given; `shared_attention` is the other one for subjects.
+    """
+    from dittune.pipelines import generate as generation
+    from dittune.pipelines.story import Story
+
+    flags = {"model": model, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+    flags |= {"size": size, "device": device, "dtype": dtype}
+    flags["prompts"] = read_prompts(None, scenes)
+    resolved = resolve_flags(config, None, flags, method or ["isolation"], set_)
+    generation.check(resolved)
+    made = []
+    for row in (tale := Story(resolved, subject, masks, out)).run():
+        made.append(vars(row))
+        if not as_json:
+            print(out / row.path)
+    left = len(resolved.prompts) - len(made)
+    if left:
+        say(f"{left} of {len(resolved.prompts)} scenes are there already")
+    if as_json:
+        emit({"scenes": made, "skipped": left, "sheet": str(tale.out / "story.png")})
+
+
+def story_eval(
+    prompts: Annotated[str, typer.Option(help="train, val or test")] = "val",
+    each: Annotated[int, typer.Option(min=1, help="stories of each number of subjects")] = 20,
+    subjects: Annotated[str, typer.Option(help="numbers of subjects")] = "2,3,4",
+    layers: Annotated[str, typer.Option(help="where keys are shared, as of the methods")] = "",
+    keep: Annotated[float, typer.Option(help="share of the tokens that is shared")] = 1.0,
+    cost: Annotated[bool, typer.Option(help="also measure 1, 2 and 4 references")] = False,
+    model: Model = "shapes-sd3",
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="folder for tables and pictures")] = Path(
+        "outputs/story-eval"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Measure in the Shapes world whether marks that no prompt names are kept; resumes.
+
+    The model must have been trained on marks (`train FAMILY --marked 0.8`).
+    """
+    from dittune.pipelines import story_eval as evaluation
+    from dittune.pipelines import story_table as tables
+    from dittune.pipelines.arguments import call_settings
+    from dittune.pipelines.pipeline import Pipeline
+
+    flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
+    flags |= {"device": device, "dtype": dtype}
+    resolved = resolve_flags(None, None, flags, None, None)
+    counts = [*parse_counts(subjects)]
+    told = [*evaluation.stories(prompts, each, counts)]
+    compared = evaluation.variants(keep, layers)
+    pipeline = Pipeline.from_pretrained(
+        resolved.model, device=resolved.device, dtype=resolved.dtype
+    )
+    settings = call_settings(pipeline.pipe, resolved)
+    rows = evaluation.evaluate_stories(pipeline, compared, told, out, **settings)
+    table = tables.summarize(rows)
+    document = {"prompts": prompts, "config": vars(resolved), "rows": table}
+    text = tables.as_markdown(table)
+    if cost:
+        document["costs"] = tables.costs(pipeline, compared, **settings)
+        text += "\n" + tables.costs_markdown(document["costs"])
+    curves = tables.against_distance(rows, ["isolation", "both"], "marks kept by distance")
+    (out / "distance.svg").write_text(curves, encoding="utf-8")
+    (out / "table.md").write_text(text, encoding="utf-8")
+    emit(document) if as_json else print(text)

@@ -1,0 +1,132 @@
+"""Tables of kept marks: shares with intervals, differences to plain, against distance, and cost."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dittune.method import Method
+from dittune.methods.merge_padding import MergePadding
+from dittune.pipelines import curves
+from dittune.pipelines.eval_table import SIGNED, paired_difference, wilson
+from dittune.pipelines.evaluate import PeakMemory
+from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.story import with_subjects
+from dittune.pipelines.story_eval import SubjectRow
+
+BINS = (0.0, 0.15, 0.3, 0.45, 1.5)  # of the distance, in sides of the picture
+
+
+def share(rows: Sequence[SubjectRow], what: str) -> dict[str, float]:
+    """Share of rows in which `what` holds, with its 95 % interval."""
+    hits = sum(getattr(row, what) for row in rows)
+    low, high = wilson(hits, len(rows))
+    return {"share": hits / len(rows) if rows else float("nan"), "low": low, "high": high}
+
+
+def summarize(rows: Sequence[SubjectRow]) -> list[dict[str, Any]]:
+    """One row a variant; `kept` is of the subjects whose reference can be read."""
+    labels = list(dict.fromkeys(row.variant for row in rows))
+    groups = {label: [row for row in rows if row.variant == label] for label in labels}
+    baseline = [row for row in groups[labels[0]] if row.readable]
+    table = []
+    for label, own in groups.items():
+        readable = [row for row in own if row.readable]
+        line: dict[str, Any] = {"variant": label, "subjects": len(own)}
+        line["kept"] = share(readable, "kept")
+        for count in sorted({row.count for row in own}):
+            line[f"kept_{count}"] = share([r for r in readable if r.count == count], "kept")
+        line["found"] = share(own, "found")
+        scenes = {(row.prompt, row.seed): row for row in own}.values()
+        line["fused_a_scene"] = float(np.mean([row.fused for row in scenes]))
+        is_first = label == labels[0]
+        line["difference"] = None if is_first else paired_difference(readable, baseline, "kept")
+        line["seconds"] = float(np.median([row.seconds for row in scenes]))
+        line["peak_mib"] = max(row.peak_mib for row in own)
+        table.append(line)
+    return table
+
+
+def as_markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table; shares in per cent with their 95 % interval."""
+    shares = [key for key, value in table[0].items() if isinstance(value, dict)]
+    head = ["variant", "subjects", *shares, "difference", "fused a scene", "s a story", "peak MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for line in table:
+        cells = [line["variant"], str(line["subjects"])]
+        for key in shares:
+            low, high = 100 * line[key]["low"], 100 * line[key]["high"]
+            cells.append(f"{100 * line[key]['share']:.1f} ({low:.1f} to {high:.1f})")
+        gap = line["difference"]
+        cells.append("" if gap is None else SIGNED.format(*(100 * x for x in gap)))
+        cells += [f"{line['fused_a_scene']:.2f}", f"{line['seconds']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{line['peak_mib']:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def against_distance(rows: Sequence[SubjectRow], labels: Sequence[str], title: str) -> str:
+    """Curves of kept marks against how far the subject is from its place in the reference, SVG."""
+    panels = {}
+    for label in labels:
+        own = [row for row in rows if row.variant == label and row.readable]
+        bins = []
+        for low, high in itertools.pairwise(BINS):
+            near = [row for row in own if low <= row.distance < high]
+            if near:
+                bins.append({"variant": f"d={low:g}+", "success": share(near, "kept")})
+        panels[label] = bins
+    first = rows[0].variant
+    plain = [row for row in rows if row.variant == first and row.readable]
+    return curves.draw(panels, {"variant": first, "success": share(plain, "kept")}, title)
+
+
+def costs(
+    pipeline: Pipeline,
+    compared: Mapping[str, tuple[Method, ...]],
+    references: Sequence[int] = (1, 2, 4),
+    rounds: int = 3,
+    **settings,
+) -> list[dict[str, Any]]:
+    """Seconds and memory of a scene with so many references, relative to the plain scene alone.
+
+    Subjects are `red circle`, `blue square`, ... in quarters of the picture. The fastest round
+    counts; memory is that of the device, or of the process, which does not shrink again.
+    """
+    subjects = ["a red circle", "a blue square", "a green ring", "a pink cross"]
+    places = ["0,0,0.5,0.5", "0.5,0,1,0.5", "0,0.5,0.5,1", "0.5,0.5,1,1"]
+    alone = _cost(pipeline, (), ["a red circle"], rounds, settings)
+    found = [{"variant": "scene alone", "references": 0, **alone, "times": 1.0}]
+    for count in references:
+        own = subjects[:count]
+        scene = ", ".join(own[:-1]) + (" and " if count > 1 else "") + own[-1]
+        boxes = [f"{box}: {one[2:]}" for box, one in zip(places, own, strict=False)]
+        for label, methods in compared.items():
+            told = with_subjects(methods, own, "; ".join(boxes))
+            line = _cost(pipeline, told, [*own, scene], rounds, settings)
+            times = line["seconds"] / alone["seconds"]
+            found.append({"variant": label, "references": count, **line, "times": round(times, 2)})
+    return found
+
+
+def _cost(pipeline, methods, prompts, rounds: int, settings) -> dict[str, float]:
+    pipeline.methods = [MergePadding(), *methods]
+    seconds = []
+    with PeakMemory() as memory:
+        for _ in range(rounds):
+            started = time.perf_counter()
+            pipeline(prompts, seed=0, progress=False, **settings)
+            seconds.append(time.perf_counter() - started)
+    return {"seconds": round(min(seconds), 3), "peak_mib": round(memory.mib)}
+
+
+def costs_markdown(lines: Sequence[Mapping[str, Any]]) -> str:
+    head = "| variant | references | s | times | peak MiB |\n| --- | --- | --- | --- | --- |\n"
+    return head + "".join(
+        f"| {c['variant']} | {c['references']} | {c['seconds']:.2f} | {c['times']:.2f} "
+        f"| {c['peak_mib']:.0f} |\n"
+        for c in lines
+    )

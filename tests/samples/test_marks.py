@@ -1,0 +1,93 @@
+"""Marks are drawn and read; plain scenes stay what they were."""
+
+import numpy as np
+import pytest
+import torch
+
+import dittune
+from dittune.samples.shapes import data, marks, score_marks, world
+
+
+def share_read_right(count, seed, through=lambda picture: picture):
+    """Share of scenes read right in everything, and of objects whose mark is."""
+    rng = np.random.default_rng(seed)
+    scenes = objects = right = 0
+    for _ in range(count):
+        scene = world.sample_scene(rng)
+        own = marks.sample_marks(rng, len(scene.objects))
+        background, found = score_marks.segment(through(marks.draw(scene, own)))
+        kinds = sorted((f.color, f.shape, f.size, f.mark) for f in found)
+        wanted = [(t.color, t.shape, t.size, m) for t, m in zip(scene.objects, own, strict=True)]
+        scenes += background == scene.background and kinds == sorted(wanted)
+        objects += len(wanted)
+        right += sum(
+            (c, s, m) in {(f.color, f.shape, f.mark) for f in found} for c, s, _, m in wanted
+        )
+    return scenes / count, right / objects
+
+
+def test_right_on_drawn_scenes():
+    assert min(share_read_right(40, seed=21)) >= 0.995
+
+
+@pytest.mark.slow
+def test_right_on_3000_drawn_scenes():
+    assert min(share_read_right(3000, seed=22)) >= 0.995
+
+
+@pytest.mark.slow
+def test_marks_survive_the_bundled_autoencoder():
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(f"{dittune.checkpoint('shapes-sd3')}/vae")
+
+    @torch.no_grad()
+    def there_and_back(picture):
+        x = data.to_unit(torch.from_numpy(picture).permute(2, 0, 1)[None])
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample[0].permute(1, 2, 0)
+        return ((y.numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+    assert share_read_right(500, 7, there_and_back)[1] >= 0.97
+
+
+def test_plain_scenes_are_those_of_the_world():
+    rng, draw = np.random.default_rng(5), np.random.default_rng(6)
+    for _ in range(10):
+        scene = world.sample_scene(rng)
+        own = marks.sample_marks(draw, len(scene.objects), 0.0)
+        assert set(own) == {"plain"}
+        assert (marks.draw(scene, own) == world.draw(scene)).all()
+
+
+def test_training_data_is_marked_only_where_asked(tmp_path):
+    vae = f"{dittune.checkpoint('shapes-sd3')}/vae"
+    plain, marked = (data.SceneLatents(tmp_path, vae, 8, share) for share in (0.0, 1.0))
+    assert plain.scenes == marked.scenes
+    assert {mark for own in plain.marks for mark in own} == {"plain"}
+    assert "plain" not in {mark for own in marked.marks for mark in own}
+    assert not torch.equal(plain.latents, marked.latents)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_mark_is_no_fault_and_another_mark_is_told():
+    thing = world.SceneObject("red", "circle", 30, 33, 10)
+    seen = set()
+    for mark in marks.MARKS:
+        picture = marks.draw(world.Scene((thing,), "gray"), [mark])
+        assert score_marks.score_marked(picture, "a red circle on a gray background").success
+        assert not score_marks.score_marked(picture, "a red square").success
+        (found,) = score_marks.segment(picture)[1]
+        assert abs(found.x - 30) <= 1 and abs(found.y - 33) <= 1 and found.size == "medium"
+        seen.add(found.mark)
+    assert seen == set(marks.MARKS)
+    blob = np.full((64, 64, 3), world.BACKGROUNDS["white"], np.uint8)
+    blob[20:30, 20:44] = blob[30:44, 30:33] = world.COLORS["red"]
+    assert [found.mark for found in score_marks.segment(blob)[1]] == ["unknown"]
+
+
+@pytest.mark.parametrize("wrong", [["left"], ["left", "diagonal"], ["top"] * 3])
+def test_wrong_marks_are_refused(wrong):
+    things = (world.SceneObject("red", "circle", 20, 20, 8),
+              world.SceneObject("blue", "ring", 45, 45, 8))  # fmt: skip
+    with pytest.raises(ValueError, match="expected 2 marks of plain, left"):
+        marks.draw(world.Scene(things, "white"), wrong)
