@@ -1,9 +1,9 @@
 """Train the bundled checkpoints: `python -m dittune.samples.shapes.train STAGE --steps N`.
 
 Stages: `autoencoder`, which all image families share (without it, that of `shapes-sd3` is used),
-then a family: `sd3`, `flux` or `sd`; for video `video_autoencoder`, then `wan`. `... train export FAMILY`
-writes its pipeline folder. Under `torchrun --nproc-per-node N -m` in place of `python -m`, processes
-share each batch.
+then a family: `sd3`, `flux` or `sd`; for video `video_autoencoder`, then `wan`. `... train export
+FAMILY` writes its pipeline folder. Under `torchrun --nproc-per-node N -m` in place of `python -m`,
+processes share each batch.
 
 Every training stage is resumable: kill it at any time, run the same command again, and it goes on
 from the last saved state in `--work`. The learning rate is constant, then falls linearly to zero
@@ -29,9 +29,7 @@ def main() -> None:
     parser.add_argument("family", nargs="?", choices=families, help="what to export")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of states and logs")
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument(
-        "--batch", type=int, default=64, help="samples per step of a family"
-    )
+    parser.add_argument("--batch", type=int, default=64, help="samples per step of a family")
     parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
