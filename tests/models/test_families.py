@@ -44,7 +44,7 @@ def test_the_layout_fits_the_tokens_of_every_call(family):
     for site, layout, query, key in seen:
         frames, height, width = layout.grid
         assert frames == (3 if family in VIDEO_FAMILIES else 1) and width == 3 * height
-        assert layout.image[1] - layout.image[0] == height * width
+        assert layout.image[1] - layout.image[0] == frames * height * width
         assert query[1] == key[1] == site.heads
         text = range(*layout.text)
         if site.kind == "cross":
