@@ -9,7 +9,7 @@ import dittune
 from dittune import errors
 from dittune.models import facts_for
 from tests.tiny import FAMILIES, denoiser, latents, sd3
-from tests.tiny_video import ALL_FAMILIES, wide
+from tests.tiny_video import ALL_FAMILIES, VIDEO_FAMILIES, wide
 
 # Settings under which a method must change nothing, and some under which it must not be idle.
 NEUTRAL = {
@@ -24,6 +24,7 @@ NEUTRAL = {
     "a_star": [{"scale": 0.0}, {"stop": 0.0}],
     "conform": [{"scale": 0.0}, {"stop": 0.0}, {"stop": 1.0, "refinements": 0}],  # one concept
     "attention_regulation": [{"scale": 0.0}, {"start": 0.3, "stop": 0.3}],
+    "radial": [{"start": 0.5, "stop": 0.5}],
 }
 ACTIVE = {
     "softpag": [
@@ -38,11 +39,13 @@ ACTIVE = {
     "a_star": [{}, {"concepts": "red, circle", "scale": 5.0, "checkpointing": True}],
     "conform": [{"concepts": "red, circle", "stop": 1.0, "refinements": 1}],
     "attention_regulation": [{}, {"concepts": "red+circle", "scale": 2.0, "layers": "0"}],
+    "radial": [{"start": 0.0, "dense_layers": "", "block": 4, "sink": False}],
     "merge_padding": [],  # never changes the picture, only what it costs
 }
 
 
-ON_VIDEO = ("softpag",)  # the others read or change what only pictures have
+# The others read or change what only pictures have.
+FAMILIES_OF = {"softpag": ALL_FAMILIES, "radial": VIDEO_FAMILIES}
 
 
 def cases(table):
@@ -50,7 +53,7 @@ def cases(table):
         pytest.param(name, settings, family, id=f"{name}-{settings}-{family}")
         for name in dittune.available_methods()
         for settings in table[name]
-        for family in (ALL_FAMILIES if name in ON_VIDEO else FAMILIES)
+        for family in FAMILIES_OF.get(name, FAMILIES)
     ]
 
 
