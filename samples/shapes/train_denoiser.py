@@ -32,7 +32,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from dittune.checkpoints import checkpoint
+from dittune.checkpoints import available_checkpoints, checkpoint
 from dittune.samples.shapes import data
 from dittune.samples.shapes.bundle_flux import FluxBundle
 from dittune.samples.shapes.bundle_sd import SDBundle
@@ -142,13 +142,15 @@ def provide_autoencoder(work: Path, init: Path | None = None, stage: str = "auto
     """The folder of the autoencoder of `work`; where it has none, `init`'s or the bundled one.
 
     Raises:
-        ValueError: `init` was trained on another autoencoder than that of `work`.
-        CheckpointError: there is none at all: train it first.
+        ValueError: `init` was trained on another autoencoder than that of `work`, or there is none.
     """
     folder = work / stage
     if init is None and (folder / "vae").exists():
         return folder / "vae"
-    source = Path(checkpoint(AUTOENCODERS[stage][2])) if init is None else init
+    bundled = AUTOENCODERS[stage][2]
+    if init is None and bundled not in available_checkpoints():
+        raise ValueError(f"{folder} has no autoencoder and {bundled} is not here; train {stage} first")
+    source = Path(checkpoint(bundled)) if init is None else init
     if not (folder / "vae").exists():
         shutil.copytree(source / "vae", folder / "vae")
         shutil.copy(source / f"loss-{stage}.csv", folder / "loss.csv")

@@ -269,3 +269,9 @@ def test_the_video_autoencoder_trains_resumes_and_measures_its_latents(tmp_path)
     latents = vae.encode(x).latent_dist.mode()
     assert latents.shape == (2, 24, 3, 4, 4)
     assert vae.decode(latents).sample.shape == x.shape
+
+
+def test_an_autoencoder_that_is_nowhere_is_to_be_trained_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_denoiser, "available_checkpoints", lambda: ["shapes-sd3"])
+    with pytest.raises(ValueError, match="train video_autoencoder first"):
+        train_denoiser.provide_autoencoder(tmp_path, None, "video_autoencoder")
