@@ -149,7 +149,7 @@ def provide_autoencoder(work: Path, init: Path | None = None, stage: str = "auto
         return folder / "vae"
     bundled = AUTOENCODERS[stage][2]
     if init is None and bundled not in available_checkpoints():
-        raise ValueError(f"{folder} has no autoencoder and {bundled} is not here; train {stage} first")
+        raise ValueError(f"{folder} holds no autoencoder, nor does {bundled}; train {stage} first")
     source = Path(checkpoint(bundled)) if init is None else init
     if not (folder / "vae").exists():
         shutil.copytree(source / "vae", folder / "vae")
