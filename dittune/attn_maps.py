@@ -70,6 +70,10 @@ def word_sites(available: Sequence[Site], layers: tuple[int, ...], name: str) ->
             f"{name}: the model has no {kind} layer {missing[0]}; it has 0..{len(sites) - 1}"
         )
     chosen = [s for s in sites if (s.layer in layers if layers else s.shows_words)]
+    if not chosen:
+        raise SelectionError(
+            f"{name}: it is not known which layers of this model show words; give layers"
+        )
     if len({site.stage for site in chosen}) != 1:
         grids = ", ".join(f"{site.layer} at stage {site.stage}" for site in chosen)
         raise SelectionError(f"{name}: the layers must have one resolution, got {grids}")

@@ -30,6 +30,7 @@ class RunConfig:
 
     `methods` maps a label to settings; the label is the method's name unless the settings hold
     `method: NAME`, so that one method can be used twice. None means the pipeline's own default.
+    `num_images` counts videos too; `frames` and `fps`, of the files, are of videos only.
     """
 
     model: str = "shapes-sd3"
@@ -40,6 +41,8 @@ class RunConfig:
     steps: int | None = None
     guidance_scale: float | None = None
     size: str = ""
+    frames: int | None = None
+    fps: int = 16
     device: str = "auto"
     dtype: str = "auto"
     methods: dict[str, Any] = field(default_factory=dict)

@@ -73,20 +73,12 @@ class InstalledSite:
         self.fired = False  # written, never read, inside compiled code
 
     def attend(self, core: Callable, query, key, value, options: dict[str, Any]) -> torch.Tensor:
-        self.fired = True
         run = self.run
-        call = AttnCall(
-            query,
-            key,
-            value,
-            options,
-            run.roles,
-            run.layouts[self.site.kind, self.site.stage],
-            self.site,
-            None,
-            core,
-            run,
-        )
+        layout = run.layouts[self.site.kind, self.site.stage]
+        call = AttnCall(query, key, value, options, run.roles, layout, self.site, None, core, run)
+        if self.site.kind == "cross" and key.shape[2] != layout.text[1]:
+            return core(call)  # not to the text: the image branch of Wan
+        self.fired = True
         return self.chain(call)
 
 

@@ -135,7 +135,7 @@ def words_of_pictures(
         name: of the method that asks, for messages.
 
     Raises:
-        ConfigError: the pipeline was given no prompt, or as `prompt_words`.
+        ConfigError: the pipeline was given no prompt, or makes a video, or as `prompt_words`.
     """
     run = inputs.run
     if not run.prompts:
@@ -150,7 +150,10 @@ def words_of_pictures(
             f"{name}: the pipeline makes {count} pictures of {len(run.prompts['prompt'])} prompts; "
             "pass one prompt a picture"
         )
-    axes = run.host.facts.text_axes(run.host.pipe, kwargs)
+    facts = run.host.facts
+    if not hasattr(facts, "text_axes"):
+        raise ConfigError(f"{name} reads maps of words in pictures, not yet in a video")
+    axes = facts.text_axes(run.host.pipe, kwargs)
     texts = [{key: run.prompts[key][i] for key in run.prompts} for i in range(count)]
     if asked:
         return [prompt_words(axes, text, asked) for text in texts]

@@ -18,7 +18,14 @@ def call_settings(pipe: Any, config: RunConfig) -> dict[str, Any]:
     if config.negative_prompt:
         found["negative_prompt"] = config.negative_prompt
     found["width"], found["height"] = image_size(config) or (None, None)
+    if makes_videos(pipe):
+        found |= {"num_frames": config.frames, "output_type": "pil"}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def makes_videos(pipe: Any) -> bool:
+    """Whether a diffusers pipeline makes videos, not pictures."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
 
 
 def guidance(pipe: Any, scale: float) -> dict[str, Any]:

@@ -22,12 +22,14 @@ from dittune.pipelines.cli_options import (
     Sets,
     Steps,
     emit,
+    make,
     read_prompts,
     resolve_flags,
     say,
 )
 from dittune.pipelines.cli_scores import evaluate, headhunt
 from dittune.pipelines.cli_story import story, story_eval
+from dittune.pipelines.cli_video import video
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -68,9 +70,6 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Make images; run again, it continues where it stopped."""
-    from dittune.config import write_yaml
-    from dittune.pipelines import generate as generation
-
     flags = {"model": model, "negative_prompt": negative_prompt, "seed": seed, "size": size}
     flags |= {"num_images": num_images, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype, "prompts": read_prompts(prompt, prompts_file)}
@@ -81,27 +80,10 @@ def generate(
         method = [*(method or ()), "regions"]
         set_ = [*(set_ or ()), f"regions.regions={regions}"]
     resolved = resolve_flags(config, from_, flags, method, set_)
-    if dry_run:
-        generation.check(resolved)
-        emit(vars(resolved)) if as_json else print(write_yaml(resolved), end="")
-        return
-    drawn = resolved.seed is None
-    todo = generation.prepare(resolved, out)
-    pipeline = generation.load(resolved) if todo else None
-    total = len(resolved.prompts) * resolved.num_images
-    if len(todo) < total:
-        say(f"{total - len(todo)} of {total} images are there already")
-    made = []
-    for job, record in generation.run(resolved, todo, pipeline, show_maps):
-        if drawn and not made:
-            say(f"seed {resolved.seed}")
-        made.append({"path": str(job.path), **record})
-        if not as_json:
-            print(job.path)
-    if as_json:
-        emit({"images": made, "skipped": total - len(todo)})
+    make(resolved, out, ".png", dry_run, as_json, show_maps)
 
 
+app.command("video")(video)
 app.command("eval")(evaluate)
 app.command("headhunt")(headhunt)
 app.command("story")(story)

@@ -74,3 +74,32 @@ def resolve_flags(config: Path | None, source: Path | None, flags: dict, method,
         for warning in generation.other_weights(source, str(content["model"])):
             say(f"warning: {warning}")
     return resolve(content, method or (), set_ or ())
+
+
+def make(
+    config: Any, out: Path, suffix: str, dry_run: bool, as_json: bool, show_maps: bool = False
+) -> None:
+    """What `generate` and `video` do with a resolved configuration."""
+    from dittune.config import write_yaml
+    from dittune.pipelines import generate as generation
+
+    if dry_run:
+        generation.check(config)
+        emit(vars(config)) if as_json else print(write_yaml(config), end="")
+        return
+    what = "videos" if suffix == ".mp4" else "images"
+    drawn = config.seed is None
+    todo = generation.prepare(config, out, suffix)
+    pipeline = generation.load(config) if todo else None
+    total = len(config.prompts) * config.num_images
+    if len(todo) < total:
+        say(f"{total - len(todo)} of {total} {what} are there already")
+    made = []
+    for job, record in generation.run(config, todo, pipeline, show_maps) if todo else ():
+        if drawn and not made:
+            say(f"seed {config.seed}")
+        made.append({"path": str(job.path), **record})
+        if not as_json:
+            print(job.path)
+    if as_json:
+        emit({what: made, "skipped": total - len(todo)})

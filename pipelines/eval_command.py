@@ -17,6 +17,7 @@ from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
 from dittune.pipelines.pipeline import Pipeline, public_name
+from dittune.pipelines.scorers import scorer_for
 from dittune.pipelines.team import Team
 
 PLAIN = "none"
@@ -52,7 +53,6 @@ def eval_command(
     Raises:
         ConfigError: a variant, sweep, prompt or objective that cannot be understood.
     """
-    texts = load_prompts(prompts, limit, objects)
     built = build_methods(config)
     variants = [_variant(label, built) for label in labels]
     swept = {sweep: _sweep(sweep, config) for sweep in sweeps}
@@ -63,6 +63,10 @@ def eval_command(
     team = Team()
     device = team.device(config.device)
     pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
+    scorer = scorer_for(pipeline.pipe)
+    texts = load_prompts(prompts, limit, objects, scorer)
+    if judge and scorer.modality == "video":
+        raise ConfigError("objectives score pictures; leave --objective out for a video model")
     scores = evaluate(
         pipeline,
         variants,
@@ -71,6 +75,7 @@ def eval_command(
         out,
         batch,
         objective=judge,
+        scorer=scorer,
         **call_settings(pipeline.pipe, config),
     )
     if team.rank > 0:

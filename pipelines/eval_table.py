@@ -110,6 +110,9 @@ def _row(label: str, own: Sequence[ImageScore], baseline: Sequence[ImageScore]) 
         row["objective"] = round(float(np.mean([s.objective for s in own])), 4)
         moved = paired_difference(own, baseline, "objective") if own is not baseline else None
         row["objective_difference"] = [round(x, 4) for x in moved] if moved else None
+    unsteady = [s.flicker for s in own if not math.isnan(s.flicker)]
+    if unsteady:
+        row["flicker"] = round(float(np.mean(unsteady)), 4)
     row["seconds_per_image"] = round(float(np.median([s.seconds for s in own])), 4)
     row["peak_mib"] = max(s.peak_mib for s in own)
     return row
@@ -128,7 +131,8 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     judged = "objective" in rows[0]
     head = ["variant", "images", *shares, "difference", "failures removed"]
     head += ["objective", "its difference"] if judged else []
-    head += ["s/image", "peak MiB"]
+    filmed = any("flicker" in row for row in rows)
+    head += ["flicker"] * filmed + ["s/image", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row["variant"], str(row["images"])]
@@ -145,6 +149,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             gap = row["objective_difference"]
             cells.append(f"{row['objective']:.3f}")
             cells.append("" if gap is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gap))
+        cells += [f"{row['flicker']:.2f}" if "flicker" in row else ""] * filmed
         cells += [f"{row['seconds_per_image']:.2f}", f"{row['peak_mib']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -26,8 +26,8 @@ from dittune.pipelines.headhunt.objectives import Objective
 from dittune.pipelines.media import grid
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
+from dittune.pipelines.scorers import PICTURES, Scorer
 from dittune.pipelines.team import Team
-from dittune.samples.shapes import score, world
 from dittune.samples.shapes.prompts import PROMPT_SETS, prompt_set
 
 GRID_PROMPTS = 8  # columns of the picture grid
@@ -47,9 +47,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One scored image. `success` is everything the prompt asks for and nothing else.
+    """One scored image or video. `success` is everything the prompt asks for and nothing else.
 
-    `objective` is a further score, nan if none was asked for.
+    `objective` is a further score, nan if none was asked for; `flicker` is of videos only.
     """
 
     variant: str
@@ -63,22 +63,27 @@ class ImageScore:
     objective: float
     seconds: float
     peak_mib: float
+    flicker: float = math.nan
 
 
 def load_prompts(
-    name_or_file: str, limit: int | None = None, objects: Sequence[int] = ()
+    name_or_file: str,
+    limit: int | None = None,
+    objects: Sequence[int] = (),
+    scorer: Scorer = PICTURES,
 ) -> list[str]:
     """A named prompt set, or a file with one prompt a line.
 
     Args:
         limit: take about this many, spread evenly over the set.
         objects: only prompts that name so many objects; all if empty.
+        scorer: that of pictures, or of videos, which has prompts of its own.
 
     Raises:
         ConfigError: neither a set nor a file, no prompt in it, or one the scorer cannot read.
     """
     if name_or_file in PROMPT_SETS:
-        prompts = list(prompt_set(name_or_file))
+        prompts = list(prompt_set(name_or_file, scorer.modality))
     elif Path(name_or_file).is_file():
         lines = Path(name_or_file).read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
@@ -87,7 +92,7 @@ def load_prompts(
     counts = {}
     for prompt in prompts:
         try:
-            counts[prompt] = len(world.parse(prompt).objects)
+            counts[prompt] = len(scorer.parse(prompt).objects)
         except ValueError as error:
             raise ConfigError(f"the Shapes scorer cannot judge a prompt: {error}") from error
     if objects:
@@ -108,6 +113,7 @@ def evaluate(
     out: Path,
     batch: int = 8,
     objective: Objective | None = None,
+    scorer: Scorer = PICTURES,
     **settings,
 ) -> list[ImageScore]:
     """Score every prompt x seed under every variant.
@@ -118,6 +124,7 @@ def evaluate(
         out: folder for `images.csv` (of further processes `images.1.csv`, ...) and `grid.png`.
         batch: images made in one call.
         objective: (images, prompts) -> one more score an image.
+        scorer: that of pictures, or of videos.
         settings: passed to the pipeline (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
@@ -136,13 +143,13 @@ def evaluate(
     with tqdm(total=total, desc="eval", unit="image", disable=team.rank > 0) as bar:
         for variant in variants:
             for jobs in team.share(list(_chunks(todo[variant.label], batch))):
-                new = _score_batch(pipeline, variant, jobs, objective, settings)
+                new = _score_batch(pipeline, variant, jobs, objective, scorer, settings)
                 log.append(new)
                 made += new
                 bar.update(len(jobs) * team.size)
     scores += team.gather(made)
     if team.rank == 0:
-        _write_grid(pipeline, variants, wanted[0][1], prompts, out, settings)
+        _write_grid(pipeline, variants, wanted[0][1], prompts, out, scorer, settings)
     asked = set(wanted)
     asked_scores = [s for s in scores if s.variant in todo and (s.prompt, s.seed) in asked]
     return sorted(asked_scores, key=lambda s: list(todo).index(s.variant))
@@ -155,7 +162,9 @@ def _make(pipeline, variant: Variant, prompts, seeds, settings) -> list:
     return pipeline(prompts, seed=seeds, progress=False, **settings).images
 
 
-def _score_batch(pipeline, variant: Variant, jobs, objective, settings) -> list[ImageScore]:
+def _score_batch(
+    pipeline, variant: Variant, jobs, objective, scorer: Scorer, settings
+) -> list[ImageScore]:
     prompts, seeds = [list(column) for column in zip(*jobs, strict=True)]
     started = time.perf_counter()
     with PeakMemory() as memory:
@@ -164,22 +173,15 @@ def _score_batch(pipeline, variant: Variant, jobs, objective, settings) -> list[
     further = objective(images, prompts) if objective else [math.nan] * len(images)
     found = []
     for prompt, seed, image, value in zip(prompts, seeds, images, further, strict=True):
-        request = world.parse(prompt)
-        result = score.score(np.asarray(image.convert("RGB")), request)
-        stated = [*result.sizes, result.relation, result.background]
         found.append(
             ImageScore(
                 variant=variant.label,
                 prompt=prompt,
                 seed=seed,
-                num_objects=len(request.objects),
-                success=result.success,
-                objects_right=all(result.objects),
-                stated_right=all(answer is not False for answer in stated),
-                extra=result.extra,
                 objective=float(value),
                 seconds=round(seconds, 4),
                 peak_mib=round(memory.mib, 1),
+                **scorer.judge(image, prompt)._asdict(),
             )
         )
     return found
@@ -216,11 +218,12 @@ def _chunks(items: list, size: int) -> Iterator[list]:
         yield items[i : i + size]
 
 
-def _write_grid(pipeline, variants, seed: int, prompts, out: Path, settings) -> None:
+def _write_grid(pipeline, variants, seed: int, prompts, out: Path, scorer, settings) -> None:
     """One row a variant, the same prompts and seed in every row."""
     chosen = [prompts[int(i)] for i in np.linspace(0, len(prompts) - 1, GRID_PROMPTS)]
     pictures = []
     for variant in variants:
-        pictures += _make(pipeline, variant, chosen, [seed] * len(chosen), settings)
+        made = _make(pipeline, variant, chosen, [seed] * len(chosen), settings)
+        pictures += [scorer.show(image) for image in made]
     labels = [f"{v.label}: {p}" for v in variants for p in chosen]
     grid(pictures, columns=len(chosen), labels=labels).save(out / "grid.png")

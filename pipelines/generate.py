@@ -1,4 +1,4 @@
-"""Run a configuration: one PNG an image, written as it is ready, resumable, repeatable."""
+"""Run a configuration: a file an image or video, written as it is ready, resumable, repeatable."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from typing import Any
 import dittune
 from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
-from dittune.pipelines.arguments import call_settings, image_size
+from dittune.pipelines.arguments import call_settings, image_size, makes_videos
 from dittune.pipelines.loading import fingerprint
 from dittune.pipelines.map_pictures import WatchWords, sheet
 from dittune.pipelines.media import read_record, save_png
 from dittune.pipelines.pipeline import MAX_SEED, Pipeline, public_name
+from dittune.pipelines.video import save_video
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image to be made."""
+    """One image (a PNG) or video (an MP4) to be made."""
 
     prompt: str
     seed: int
@@ -42,7 +43,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("no prompt; give one, or a file with one a line")
     if any(not prompt.strip() for prompt in config.prompts):
         raise ConfigError("a prompt is empty")
-    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
+    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0), ("frames", 1), ("fps", 1)):
         value = getattr(config, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
@@ -53,17 +54,20 @@ def check(config: RunConfig) -> None:
     image_size(config)
 
 
-def jobs(config: RunConfig, out: Path) -> list[Job]:
+def jobs(config: RunConfig, out: Path, suffix: str = ".png") -> list[Job]:
     """The images of a configuration; image `j` of every prompt has seed `seed + j`."""
     return [
-        Job(prompt, seed, out / f"{i:04d}-{_slug(prompt)}-{seed}.png")
+        Job(prompt, seed, out / f"{i:04d}-{_slug(prompt)}-{seed}{suffix}")
         for i, prompt in enumerate(config.prompts)
         for seed in range(config.seed, config.seed + config.num_images)
     ]
 
 
-def prepare(config: RunConfig, out: Path) -> list[Job]:
+def prepare(config: RunConfig, out: Path, suffix: str = ".png") -> list[Job]:
     """Check everything, draw a seed if there is none, and list what is still to be made.
+
+    Args:
+        suffix: `.png` for pictures, `.mp4` for videos.
 
     Raises:
         ConfigError: what `check` raises; `out` cannot be written to; a picture of other settings is
@@ -74,7 +78,7 @@ def prepare(config: RunConfig, out: Path) -> list[Job]:
         config.seed = secrets.randbelow(2**31)
     todo = []
     weights = fingerprint(config.model)
-    for job in jobs(config, out):
+    for job in jobs(config, out, suffix):
         if not job.path.exists():
             todo.append(job)
             continue
@@ -96,10 +100,17 @@ def prepare(config: RunConfig, out: Path) -> list[Job]:
 def run(
     config: RunConfig, todo: list[Job], pipeline: Pipeline, show_maps: bool = False
 ) -> Iterator[tuple[Job, dict]]:
-    """Make the images one by one; yields each with its record once it is on disk.
+    """Make the images or videos one by one; yields each with its record once it is on disk.
 
     With `show_maps` a second picture, `NAME-maps.png`, shows where each concept was looked at.
+
+    Raises:
+        ConfigError: the model makes videos and pictures are to be made, or the other way round.
     """
+    films = makes_videos(pipeline.pipe)
+    if todo and films != (todo[0].path.suffix == ".mp4"):
+        made, command = ("videos", "video") if films else ("pictures", "generate")
+        raise ConfigError(f"{public_name(config.model)} makes {made}; use `dittune {command}`")
     watch = WatchWords()
     if show_maps:
         pipeline.methods = [watch, *pipeline.methods]
@@ -107,11 +118,13 @@ def run(
     weights = fingerprint(config.model)
     for job in todo:
         result = pipeline(job.prompt, seed=job.seed, **arguments)
-        image = result.images[0]
+        frames = result.images[0] if films else result.images
+        image = frames[0]
         record = {
             "prompt": job.prompt,
             "seed": job.seed,
             "size": "{}x{}".format(*image.size),
+            **({"frames": len(frames)} if films else {}),
             "config": _settings(config, job),
             "weights": weights,
             **{key: result.record[key] for key in ("device", "dtype", "versions")},
@@ -120,7 +133,10 @@ def run(
         if show_maps:
             path = job.path.with_name(f"{job.path.stem}-maps.png")
             save_png(sheet(image, watch.seen[0]), path, record)
-        save_png(image, job.path, record)  # without the seconds, so a repeat is the same file
+        if films:
+            save_video(frames, job.path, config.fps, record)
+        else:
+            save_png(image, job.path, record)  # without the seconds, so a repeat is the same file
         yield job, {**record, "seconds": result.record["seconds"]}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dittune.errors import ConfigError
+from dittune.pipelines.video import read_comment
 
 RECORD_KEY = "dittune"  # iTXt chunk with the record as JSON; `parameters` is for other viewers
 
@@ -29,19 +30,27 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The record in a PNG written by `save_png`.
+    """The record in a PNG written by `save_png`, or an MP4 by `save_video`.
 
     Raises:
-        ConfigError: no such picture, or one without a record.
+        ConfigError: no such file, or one without a record.
     """
+    if Path(path).suffix == ".mp4":
+        return _parse_record(read_comment(Path(path)), path)
     try:
         with Image.open(path) as image:
             image.load()
             text = image.info.get(RECORD_KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"cannot read picture {path}: {error}") from error
+    return _parse_record(text, path)
+
+
+def _parse_record(text: str | None, path: str | Path) -> dict[str, Any]:
     if text is None:
-        raise ConfigError(f"{path} carries no dittune record; only PNGs written by dittune do")
+        raise ConfigError(
+            f"{path} carries no dittune record; only PNGs and MP4s written by dittune do"
+        )
     try:
         record = json.loads(text)
     except ValueError as error:

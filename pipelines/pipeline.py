@@ -23,6 +23,10 @@ from dittune.pipelines.loading import locate, pick_device, pick_dtype, quiet
 
 MAX_SEED = 2**63 - 1
 
+# What pipelines call the compression of their autoencoder.
+SPACE = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+TIME = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+
 
 @dataclass
 class Result:
@@ -38,7 +42,8 @@ class Result:
 
     @property
     def images(self) -> list:
-        return self.output.images
+        """The pictures; of a video pipeline the frames of each video."""
+        return self.output.frames if hasattr(self.output, "frames") else self.output.images
 
 
 class Pipeline:
@@ -149,9 +154,9 @@ class Pipeline:
         if arguments.get("generator") is not None:
             raise ConfigError("give either seed or generator, not both")
         prompts = arguments.get("prompt")
-        count = (len(prompts) if isinstance(prompts, (list, tuple)) else 1) * arguments.get(
-            "num_images_per_prompt", 1
-        )
+        count = len(prompts) if isinstance(prompts, (list, tuple)) else 1
+        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+            count *= arguments.get(name, 1)
         one = isinstance(seed, numbers.Integral)
         seeds = [int(seed) + i for i in range(count)] if one else [int(s) for s in seed]
         if len(seeds) != count:
@@ -162,12 +167,12 @@ class Pipeline:
         return seeds
 
     def _check_size(self, arguments: dict[str, Any]) -> None:
-        """Ask the family of the denoiser which sides it can make."""
+        """Ask the family of the denoiser which sides it can make; frames are its autoencoder's."""
         models = [getattr(self.pipe, name, None) for name in DENOISER_NAMES]
         model = next((model for model in models if model is not None), None)
         if model is None:
             return  # `attach` says which models it knows
-        sides = facts_for(model).sides(model, self.pipe.vae_scale_factor)
+        sides = facts_for(model).sides(model, self._factor(SPACE))
         for name in ("width", "height"):
             side = arguments.get(name)
             if side is not None and side not in sides:
@@ -175,6 +180,16 @@ class Pipeline:
                     f"{name} must be a multiple of {sides.step} from {sides[0]} to {sides[-1]}, "
                     f"got {side}"
                 )
+        frames, factor = arguments.get("num_frames"), self._factor(TIME)
+        if frames is not None and (frames < 1 or (frames - 1) % factor):
+            raise ConfigError(
+                f"frames must be 1 more than a multiple of {factor}, such as {2 * factor + 1}, "
+                f"got {frames}"
+            )
+
+    def _factor(self, names: tuple[str, ...]) -> int:
+        """How much the autoencoder compresses, as the pipeline calls it."""
+        return next((getattr(self.pipe, name) for name in names if hasattr(self.pipe, name)), 1)
 
     def _record(self, signature, arguments, seeds, seconds, report) -> dict[str, Any]:
         import diffusers

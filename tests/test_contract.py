@@ -9,6 +9,7 @@ import dittune
 from dittune import errors
 from dittune.models import facts_for
 from tests.tiny import FAMILIES, denoiser, latents, sd3
+from tests.tiny_video import ALL_FAMILIES, VIDEO_FAMILIES, wide
 
 # Settings under which a method must change nothing, and some under which it must not be idle.
 NEUTRAL = {
@@ -30,6 +31,7 @@ NEUTRAL = {
         {"subjects": "red circle", "references": 0},  # one subject alone
     ],
     "regions": [{}, {"regions": "0,0,1,1: red circle", "scale": 0.0}, {"start": 0.1, "stop": 0.1}],
+    "radial": [{"start": 0.5, "stop": 0.5}],
 }
 PAIR = ["a red circle", "a red circle and a blue square"]
 BOXES = "0,0,0.5,1: red circle; 0.5,0,1,1: blue square"
@@ -53,8 +55,13 @@ ACTIVE = {
         {"subjects": "red circle, blue square", "references": 0, "masks": BOXES},
     ],
     "regions": [{"regions": "0,0,0.5,1: red circle"}, {"regions": "0,0,1,1: circle", "scale": 2.0}],
+    "radial": [{"start": 0.0, "dense_layers": "", "block": 4, "sink": False}],
     "merge_padding": [],  # never changes the picture, only what it costs
 }
+
+
+# The others read or change what only pictures have.
+FAMILIES_OF = {"softpag": ALL_FAMILIES, "radial": VIDEO_FAMILIES}
 
 
 def cases(table):
@@ -62,7 +69,7 @@ def cases(table):
         pytest.param(name, settings, family, id=f"{name}-{settings}-{family}")
         for name in dittune.available_methods()
         for settings in table[name]
-        for family in FAMILIES
+        for family in FAMILIES_OF.get(name, FAMILIES)
     ]
 
 
@@ -87,14 +94,14 @@ def snapshot(pipe):
 
 def test_every_method_and_model_is_in_the_tables():
     assert set(NEUTRAL) == set(ACTIVE) == set(dittune.available_methods())
-    served = {facts_for(denoiser(build())).__name__ for build in FAMILIES.values()}
+    served = {facts_for(denoiser(build())).__name__ for build in ALL_FAMILIES.values()}
     assert served == {f"dittune.models.{name}" for name in dittune.available_models()}
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize(("name", "settings", "family"), cases(NEUTRAL))
 def test_neutral_is_bitwise_plain(name, settings, family, guidance_scale):
-    pipe = FAMILIES[family]()
+    pipe = ALL_FAMILIES[family]()
     plain = latents(pipe, guidance_scale=guidance_scale)
     with dittune.attach(pipe, dittune.load_method(name)(**settings)):
         assert torch.equal(latents(pipe, guidance_scale=guidance_scale), plain)
@@ -110,8 +117,20 @@ def test_active_changes_the_output_and_detach_restores_everything(name, settings
         changed = latents(pipe, prompt)
         assert torch.equal(latents(pipe, prompt), changed)  # equal seeds, equal images
         other_size = latents(pipe, prompt, height=16, width=64)
+    pipe = ALL_FAMILIES[family]()
+    plain = latents(pipe)
+    before = snapshot(pipe)
+    with dittune.attach(pipe, dittune.load_method(name)(**settings)):
+        assert snapshot(pipe) != before
+        changed = latents(pipe)
+        assert torch.equal(latents(pipe), changed)  # equal seeds, equal images
+        other_size = latents(pipe, **wide(family))
     assert (changed - plain).abs().max() > 1e-4
-    assert other_size.shape[-2:] == (4, 16) and other_size.isfinite().all()
+    assert other_size.isfinite().all()
+    if family in FAMILIES:
+        assert other_size.shape[-2:] == (4, 16)
+    else:  # LTX gives packed latents
+        assert other_size.shape != plain.shape
     assert snapshot(pipe) == before
     assert torch.equal(latents(pipe, prompt), plain)
 
@@ -126,9 +145,9 @@ def test_where_no_concept_is_found_nothing_changes(family, guidance_scale):
             assert torch.equal(latents(pipe, **settings), plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_method_whose_time_never_comes_is_bitwise_plain(family):
-    pipe = FAMILIES[family]()
+    pipe = ALL_FAMILIES[family]()
     plain = latents(pipe, steps=3)
     with dittune.attach(pipe, dittune.SoftPAG(heads="0:*", start=0.9)) as handle:
         assert torch.equal(latents(pipe, steps=3), plain)

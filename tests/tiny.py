@@ -182,20 +182,24 @@ FAMILIES = {"sd3": sd3, "sd3.5": sd35, "flux": flux, "sd": sd, "sdxl": sdxl}
 
 
 def latents(pipe, prompt="a red circle", seed=0, steps=2, **kwargs) -> torch.Tensor:
-    """Run a tiny pipeline to its latents, `[B, C, height, width]`."""
+    """Run a tiny pipeline to its latents, of a picture `[B, C, height, width]`."""
     count = len(prompt) if isinstance(prompt, list) else 1
     count *= kwargs.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     parameters = inspect.signature(pipe.__call__).parameters
-    own = {"height": 32, "width": 32, "max_sequence_length": 8}
+    own = {"height": 32, "width": 32, "max_sequence_length": 8, "num_frames": 9}
+    own["prompt_template"] = {"template": "{}", "crop_start": 0}  # of HunyuanVideo
     settings = {**{name: own[name] for name in own if name in parameters}, **kwargs}
-    images = pipe(
+    output = pipe(
         prompt,
         num_inference_steps=steps,
         generator=generators,
         output_type="latent",
         **settings,
-    ).images
+    )
+    if hasattr(output, "frames"):
+        return output.frames
+    images = output.images
     if images.ndim == 3:  # packed
         sides = settings["height"], settings["width"]
         images = pipe._unpack_latents(images, *sides, pipe.vae_scale_factor)

@@ -22,6 +22,7 @@ from dittune.method import Method
 from dittune.run import ModelInputs, Run
 
 TEXT, POSITIONS = "encoder_hidden_states", "txt_ids"
+COUNTING = ("encoder_attention_mask", "encoder_hidden_states_image")  # by tokens of the text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class MergePadding(Method):
     which count the merged token once.
 
     Raises:
-        ConfigError: while generating, if the model masks its attention already.
+        ConfigError: while generating, if the model masks its attention already, or splits its text
+            by a fixed length (Wan's image to video).
     """
 
     def sites(self, available: Sequence[Site]) -> Sequence[Site]:
@@ -47,6 +49,12 @@ class MergePadding(Method):
         if count < 2:
             return model(inputs)
         kwargs = dict(inputs.kwargs)
+        for name in COUNTING:
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"merge_padding: with {name} the model counts on the length of its text; "
+                    "leave it out"
+                )
         kept = kwargs[TEXT].shape[1] - count + 1
         kwargs[TEXT] = kwargs[TEXT][:, :kept]
         if kwargs.get(POSITIONS) is not None:

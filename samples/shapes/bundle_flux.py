@@ -45,6 +45,7 @@ class FluxBundle(nn.Module):
         r"|\.mlp\.|self_attn|SelfAttention\.[qkvo]\.|DenseReluDense"
     )
     loss_name: ClassVar = "flow"
+    autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = True
     compiles: ClassVar = True
 

@@ -36,6 +36,7 @@ class SDBundle(nn.Module):
     parts: ClassVar = ("unet", "text_encoder")
     matrices: ClassVar = r"\.attn[12]\.|\.ff\.|\.mlp\.|self_attn"
     loss_name: ClassVar = "v"
+    autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = False  # this pipeline knows a scale only
     compiles: ClassVar = False  # torch 2.13 on a CPU: bfloat16 gradients 57 % off
 

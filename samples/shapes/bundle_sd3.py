@@ -64,6 +64,7 @@ class SD3Bundle(nn.Module):
     parts: ClassVar = ("transformer", "text_encoder", "text_encoder_2")
     matrices: ClassVar = r"\.attn\.|\.ff\.|\.ff_context\.|\.mlp\.|self_attn"
     loss_name: ClassVar = "flow"
+    autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = True
     compiles: ClassVar = True
 

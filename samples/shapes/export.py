@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from dittune.samples.shapes import loss_curve
-from dittune.samples.shapes.train_denoiser import FAMILIES
+from dittune.samples.shapes.train_denoiser import AUTOENCODERS, FAMILIES
 
 
 def export(family: str, work: Path, out: Path) -> None:
@@ -17,11 +16,12 @@ def export(family: str, work: Path, out: Path) -> None:
     state = torch.load(work / family / "state.pt", weights_only=True, map_location="cpu")
     bundle = FAMILIES[family]()
     bundle.load_state_dict(state["ema"])
-    pipe = bundle.pipeline(AutoencoderKL.from_pretrained(work / "autoencoder" / "vae"))
+    vae_class = AUTOENCODERS[bundle.autoencoder][0]
+    pipe = bundle.pipeline(vae_class.from_pretrained(work / bundle.autoencoder / "vae"))
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
     for path in out.rglob("*.json"):
         tidy_config(path)
-    for stage in ("autoencoder", family):
+    for stage in (bundle.autoencoder, family):
         log = work / stage / "loss.csv"
         (out / f"loss-{stage}.csv").write_bytes(log.read_bytes())
         picture = loss_curve.draw(loss_curve.read_log(log), f"shapes-{family}, stage {stage}")

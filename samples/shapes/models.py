@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -121,12 +123,16 @@ def build_silent_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def build_t5_tokenizer() -> T5Tokenizer:
+def build_t5_tokenizer(vocabulary: Sequence[str] = ()) -> T5Tokenizer:
     """T5's unigram tokenizer in which each word of the world, capitalised or not, is one token.
 
     Any other ASCII text still encodes, letter by letter.
+
+    Args:
+        vocabulary: words, and the comma; those of still pictures if empty.
     """
-    words = [word if word == "," else "\u2581" + word for word in world.vocabulary()]
+    known = vocabulary or world.vocabulary()
+    words = [word if word == "," else "\u2581" + word for word in known]
     words += [capital(word) for word in words if capital(word) != word]
     letters = ["\u2581", *(chr(i) for i in range(33, 127) if chr(i) not in words)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]

@@ -12,7 +12,7 @@ def flow_matching(
     """(noisy latents, noise level `[B]` in 0..1, target velocity); levels sigmoid(N(0.4, 1.2))."""
     noise = torch.randn(latents.shape, generator=generator)
     sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(len(latents), generator=generator))
-    s = sigma[:, None, None, None]
+    s = sigma.view(-1, *[1] * (latents.ndim - 1))
     return (1 - s) * latents + s * noise, sigma, noise - latents
 
 

@@ -1,8 +1,9 @@
 """Train the bundled checkpoints: `python -m dittune.samples.shapes.train STAGE --steps N`.
 
-Stages: `autoencoder`, which all families share (without it, that of `shapes-sd3` is used), then a
-family: `sd3`, `flux` or `sd`. `... train export FAMILY` writes its pipeline folder. Under `torchrun
---nproc-per-node N -m` in place of `python -m`, processes share each batch.
+Stages: `autoencoder`, which all image families share (without it, that of `shapes-sd3` is used),
+then a family: `sd3`, `flux` or `sd`; for video `video_autoencoder`, then `wan`. `... train export
+FAMILY` writes its pipeline folder. Under `torchrun --nproc-per-node N -m` in place of `python -m`,
+processes share each batch.
 
 Every training stage is resumable: kill it at any time, run the same command again, and it goes on
 from the last saved state in `--work`. The learning rate is constant, then falls linearly to zero
@@ -16,20 +17,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dittune.samples.shapes import train_autoencoder, train_denoiser
+from dittune.samples.shapes import train_autoencoder, train_denoiser, train_video_autoencoder
 from dittune.samples.shapes.export import export
 
 
 def main() -> None:
     families = [*train_denoiser.FAMILIES]
+    autoencoders = {"autoencoder": train_autoencoder, "video_autoencoder": train_video_autoencoder}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["autoencoder", *families, "export"])
+    parser.add_argument("stage", choices=[*autoencoders, *families, "export"])
     parser.add_argument("family", nargs="?", choices=families, help="what to export")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of states and logs")
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=64, help="pictures per step of a family")
+    parser.add_argument("--batch", type=int, default=64, help="samples per step of a family")
     parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
     parser.add_argument("--marked", type=float, default=0.0, help="share of objects with a mark")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
@@ -39,8 +41,8 @@ def main() -> None:
         parser.error("`export FAMILY` needs a family, and no other stage takes one")
     if not 0.0 <= args.marked <= 1.0:
         parser.error("--marked is a share in [0, 1]")
-    if args.stage == "autoencoder":
-        train_autoencoder.train(args.work / "autoencoder", args.steps)
+    if args.stage in autoencoders:
+        autoencoders[args.stage].train(args.work / args.stage, args.steps)
     elif args.stage == "export":
         out = args.out or Path(f"samples/checkpoints/shapes-{args.family}")
         export(args.family, args.work, out)

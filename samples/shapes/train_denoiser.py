@@ -9,10 +9,11 @@ A family is one `nn.Module`, its bundle, with
 - `parts`: names of its modules that end up in the pipeline;
 - `matrices`: a pattern of parameter names; the matrices among them are trained with Muon;
 - `loss_name`: what the loss log calls the error of the prediction;
+- `autoencoder`: the stage that trains its autoencoder, a key of `AUTOENCODERS`;
 - `compiles`: whether `torch.compile` computes its gradients right;
 - `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
 - `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
-- `forward(*inputs)` -> (prediction, label logits `[B, 64, 17]`);
+- `forward(*inputs)` -> (prediction, label logits `[B, tokens, 17]`);
 - `pipeline(vae)` -> an ordinary diffusers pipeline.
 """
 
@@ -26,19 +27,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from dittune.checkpoints import checkpoint
+from dittune.checkpoints import available_checkpoints, checkpoint
 from dittune.samples.shapes import data
 from dittune.samples.shapes.bundle_flux import FluxBundle
 from dittune.samples.shapes.bundle_sd import SDBundle
 from dittune.samples.shapes.bundle_sd3 import SD3Bundle
+from dittune.samples.shapes.bundle_wan import WanBundle
+from dittune.samples.shapes.clip_data import ClipLatents
 from dittune.samples.shapes.trainer import Trainer, processes
 
-FAMILIES = {"sd3": SD3Bundle, "flux": FluxBundle, "sd": SDBundle}
+FAMILIES = {"sd3": SD3Bundle, "flux": FluxBundle, "sd": SDBundle, "wan": WanBundle}
+
+# stage -> (class, what it is for, the bundled checkpoint that has it)
+AUTOENCODERS = {
+    "autoencoder": (AutoencoderKL, data.SceneLatents, "shapes-sd3"),
+    "video_autoencoder": (AutoencoderKLWan, ClipLatents, "shapes-wan"),
+}
 
 
 class Float32Attention(TorchFunctionMode):
@@ -67,7 +76,7 @@ def split_parameters(bundle: nn.Module) -> tuple[list, list]:
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of colour plus that of shape, `[B, 64, 17]` each."""
+    """Cross entropy of colour plus that of shape, `[B, tokens, 17]` each."""
     logits, colors = logits.float(), data.COLOR_LABELS
     color = -(labels[..., :colors] * logits[..., :colors].log_softmax(-1)).sum(-1).mean()
     shape = -(labels[..., colors:] * logits[..., colors:].log_softmax(-1)).sum(-1).mean()
@@ -80,7 +89,7 @@ def train(
     steps: int,
     init: Path | None = None,
     batch: int = 64,
-    scenes: int = data.SCENES,
+    scenes: int | None = None,
     compiled: bool = True,
     marked: float = 0.0,
 ) -> None:
@@ -88,16 +97,22 @@ def train(
 
     Args:
         init: an exported pipeline folder whose weights a new training starts from.
-        batch: pictures per step, over all processes.
-        scenes: how many training scenes there are.
+        batch: pictures or clips per step, over all processes.
+        scenes: how many training scenes or clips there are; None is the usual number.
         compiled: run through `torch.compile`.
         marked: share of objects with a mark, which no caption names (`marks.py`).
     """
     rank, world_size = processes()
     if rank > 0:
         dist.barrier()  # the first process writes the autoencoder and the latents
-    vae = provide_autoencoder(work, init)
-    drawn = data.SceneLatents(work, vae, scenes, marked)
+    stage = FAMILIES[family].autoencoder
+    if marked and stage != "autoencoder":
+        raise ValueError(f"marked objects are for the families of pictures, not for {family}")
+    vae = provide_autoencoder(work, init, stage)
+    options = {"count": scenes} if scenes else {}
+    if marked:
+        options["marked"] = marked
+    drawn = AUTOENCODERS[stage][1](work, vae, **options)
     if rank == 0 and world_size > 1:
         dist.barrier()
     torch.manual_seed(4)
@@ -129,21 +144,32 @@ def train(
     Trainer(bundle, optimizers, loss_fn, work / family, steps).run()
 
 
-def provide_autoencoder(work: Path, init: Path | None = None) -> Path:
+def provide_autoencoder(work: Path, init: Path | None = None, stage: str = "autoencoder") -> Path:
     """The folder of the autoencoder of `work`; where it has none, `init`'s or the bundled one.
 
     Raises:
-        ValueError: `init` was trained on another autoencoder than that of `work`.
+        ValueError: `init` was trained on another autoencoder than that of `work`, or there is none.
     """
-    source = Path(checkpoint("shapes-sd3")) if init is None else init
-    folder = work / "autoencoder"
+    folder = work / stage
+    if init is None and (folder / "vae").exists():
+        return folder / "vae"
+    bundled = AUTOENCODERS[stage][2]
+    if init is None and bundled not in available_checkpoints():
+        raise ValueError(f"{folder} holds no autoencoder, nor does {bundled}; train {stage} first")
+    source = Path(checkpoint(bundled)) if init is None else init
     if not (folder / "vae").exists():
         shutil.copytree(source / "vae", folder / "vae")
-        shutil.copy(source / "loss-autoencoder.csv", folder / "loss.csv")
-    ours, theirs = (AutoencoderKL.load_config(path / "vae") for path in (folder, source))
-    if init is not None and ours["scaling_factor"] != theirs["scaling_factor"]:
+        shutil.copy(source / f"loss-{stage}.csv", folder / "loss.csv")
+    ours, theirs = (_scaling(path / "vae") for path in (folder, source))
+    if init is not None and ours != theirs:
         raise ValueError(f"{init} and {folder} have different autoencoders; use another --work")
     return folder / "vae"
+
+
+def _scaling(folder: Path) -> list:
+    """What tells trained autoencoders apart: the statistics of their latents."""
+    config = AutoencoderKL.load_config(folder)
+    return [config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")]
 
 
 def latent_shift(vae: Path) -> float:

@@ -7,16 +7,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline
 
 import dittune
-from dittune.samples.shapes import bundle_flux, export, models, train_denoiser, world
-from dittune.samples.shapes.train_denoiser import FAMILIES
+from dittune.samples.shapes import (
+    bundle_flux,
+    bundle_wan,
+    clip_data,
+    export,
+    models,
+    models_wan,
+    motion,
+    train_denoiser,
+    train_video_autoencoder,
+    world,
+)
+from dittune.samples.shapes.train_denoiser import AUTOENCODERS, FAMILIES
 from tests.tiny import randomise
 
 CAPTION = "a large red circle above a blue square on a white background"
+COUNT = 16  # training scenes or clips
 # FluxPipeline's own default side is 128 latents, whatever the model; text length stays at 512.
-CALLS = {"sd3": {}, "flux": {"height": 64, "width": 64}, "sd": {}}
+SIZE = {"height": 64, "width": 64}
+CALLS = {"sd3": {}, "flux": SIZE, "sd": {}, "wan": {**SIZE, "num_frames": 9}}
 
 # FLUX normalises with torch's RMSNorm, which under autocast is not fused.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -25,10 +38,13 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
-    """A work folder with the bundled autoencoder and the latents of 64 scenes."""
+    """A work folder with an autoencoder and a few latents of each kind; that of clips is random."""
     work = tmp_path_factory.mktemp("work")
-    vae = train_denoiser.provide_autoencoder(work)
-    train_denoiser.data.SceneLatents(work, vae, 64)
+    torch.manual_seed(0)
+    models_wan.build_autoencoder().save_pretrained(work / "video_autoencoder" / "vae")
+    (work / "video_autoencoder" / "loss.csv").write_text("50,loss=1.5,recon=1.5\n")
+    for stage, (_, drawn_latents, _) in AUTOENCODERS.items():
+        drawn_latents(work, train_denoiser.provide_autoencoder(work, None, stage), COUNT)
     return work
 
 
@@ -38,7 +54,7 @@ def work(latents, tmp_path):
 
 
 def train(family, work, **changes):
-    settings = {"steps": 2, "batch": 2, "scenes": 64, "compiled": False, **changes}
+    settings = {"steps": 2, "batch": 2, "scenes": COUNT, "compiled": False, **changes}
     train_denoiser.train(family, work, **settings)
     return torch.load(work / family / "state.pt", weights_only=True)
 
@@ -95,17 +111,22 @@ def test_a_pipeline_computes_what_training_computed(family, work, tmp_path):
     _, args, kwargs, (wanted,) = calls[0]
     noisy, timestep = args or (kwargs["hidden_states"], kwargs["timestep"])
     texts = ["", CAPTION][-len(noisy) :]
-    inputs = [noisy, timestep.expand(len(noisy)), models.clip_ids(bundle.tokenizer, texts)]
-    if family == "sd3":
-        inputs[1] = inputs[1] / 1000
-    if family == "flux":
+    level = timestep.expand(len(noisy)) / (1000 if family in ("sd3", "wan") else 1)
+    if family in ("flux", "wan"):
         assert kwargs["encoder_hidden_states"].shape[1] == 512
-        inputs.append(models.t5_ids(bundle.tokenizer_2, texts))
-        inputs.append(bundle_flux.padding_bias(512))
+
+    def text(texts):
+        if family == "wan":
+            words = models_wan.text_inputs(bundle.tokenizer, texts)
+            return *words, bundle_wan.padding_bias(512)
+        ids = models.clip_ids(bundle.tokenizer, texts)
+        if family != "flux":
+            return (ids,)
+        return ids, models.t5_ids(bundle.tokenizer_2, texts), bundle_flux.padding_bias(512)
+
     with torch.no_grad():
-        found, _ = bundle(*inputs)
-        others = [models.clip_ids(bundle.tokenizer, ["a cross"] * len(texts)), *inputs[3:]]
-        other, _ = bundle(*inputs[:2], *others)
+        found, _ = bundle(noisy, level, *text(texts))
+        other, _ = bundle(noisy, level, *text(["a cross"] * len(texts)))
     assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
     assert (other - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
@@ -118,7 +139,8 @@ def test_compiled_bf16_gradients_are_as_good_as_eager_ones(family, work):
     torch.manual_seed(0)
     bundle = FAMILIES[family]()
     randomise(getattr(bundle, bundle.parts[0]))
-    scenes = train_denoiser.data.SceneLatents(work, work / "autoencoder" / "vae", 64)
+    drawn_latents = AUTOENCODERS[bundle.autoencoder][1]
+    scenes = drawn_latents(work, work / bundle.autoencoder / "vae", COUNT)
     latents, texts, labels = scenes.batch(4, np.random.default_rng(0))
     inputs, target = bundle.prepare(latents, texts, torch.Generator().manual_seed(0))
 
@@ -144,12 +166,13 @@ def test_an_export_is_an_ordinary_folder(family, work, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(out)
     assert type(pipe) is type(bundle.pipeline(pipe.vae))
     pipe.set_progress_bar_config(disable=True)
-    image = pipe(CAPTION, num_inference_steps=2, **CALLS[family]).images[0]
-    assert image.size == (64, 64)
+    output = pipe(CAPTION, num_inference_steps=2, output_type="pil", **CALLS[family])
+    pictures = output.frames[0] if family == "wan" else output.images
+    assert [picture.size for picture in pictures] == [(64, 64)] * (9 if family == "wan" else 1)
     for path in out.rglob("*.json"):
         assert str(work) not in path.read_text() and "_name_or_path" not in path.read_text()
         json.loads(path.read_text())
-    for stage in ("autoencoder", family):
+    for stage in (bundle.autoencoder, family):
         assert (out / f"loss-{stage}.csv").exists()
         assert "<polyline" in (out / f"loss-{stage}.svg").read_text()
     assert sum(path.stat().st_size for path in out.rglob("*")) < 16e6
@@ -215,3 +238,40 @@ def test_another_autoencoder_is_refused(work):
     config.write_text(config.read_text().replace('"scaling_factor": 0', '"scaling_factor": 1'))
     with pytest.raises(ValueError, match="different autoencoders; use another --work"):
         train_denoiser.provide_autoencoder(work, Path(dittune.checkpoint("shapes-sd3")))
+
+
+def test_the_tokenizer_of_clips_knows_every_word_of_theirs():
+    tokenizer = models_wan.build_tokenizer()
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        caption = motion.caption(motion.sample_clip(rng, 3), rng)
+        count = len(caption.replace(",", " ,").split()) + 1
+        assert len(tokenizer(caption).input_ids) == count <= models_wan.CAPTION_TOKENS
+
+
+def test_the_labels_of_a_clip_are_those_of_its_frames():
+    clip = motion.sample_clip(np.random.default_rng(0), 2)
+    labels = clip_data.token_labels(clip).reshape(3, 64, -1)
+    assert np.array_equal(labels[0], train_denoiser.data.token_labels(clip.scene(0)))
+    frames = [train_denoiser.data.token_labels(clip.scene(i)) for i in range(5, 9)]
+    np.testing.assert_allclose(labels[2], np.mean(frames, 0), atol=1e-6)
+
+
+def test_the_video_autoencoder_trains_resumes_and_measures_its_latents(tmp_path):
+    train_video_autoencoder.train(tmp_path, steps=1, batch=2)
+    train_video_autoencoder.train(tmp_path, steps=2, batch=2)
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
+    assert min(vae.config.latents_std) > 0 and any(vae.config.latents_mean)
+    for half in (vae.encoder, vae.decoder):  # what is learned on crops holds for whole frames
+        assert not half.mid_block.attentions[0].proj.weight.any()
+    x = clip_data.crops(2, np.random.default_rng(0))
+    assert x.shape == (2, 3, 9, 32, 32) and x.min() >= -1 and x.max() <= 1
+    latents = vae.encode(x).latent_dist.mode()
+    assert latents.shape == (2, 24, 3, 4, 4)
+    assert vae.decode(latents).sample.shape == x.shape
+
+
+def test_an_autoencoder_that_is_nowhere_is_to_be_trained_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_denoiser, "available_checkpoints", lambda: ["shapes-sd3"])
+    with pytest.raises(ValueError, match="train video_autoencoder first"):
+        train_denoiser.provide_autoencoder(tmp_path, None, "video_autoencoder")
