@@ -26,7 +26,10 @@ _LAZY = {
     "AStar": "dittune.methods.a_star",
     "AttendAndExcite": "dittune.methods.attend_and_excite",
     "AttentionRegulation": "dittune.methods.attention_regulation",
+    "Clear": "dittune.methods.clear",
     "Conform": "dittune.methods.conform",
+    "Natten": "dittune.methods.natten",
+    "ScaleDiT": "dittune.methods.scale_dit",
     "SoftPAG": "dittune.methods.softpag",
     "SoftPAGGuidance": "dittune.guider",
 }

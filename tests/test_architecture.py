@@ -28,6 +28,10 @@ MAY_IMPORT = {
         "attn_maps", "call", "errors", "latent_inputs", "method", "run", "scheduler_seam", "tokens",
     },
     "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
+    "dittune/sparse.py": {
+        "attn_maps", "call", "errors", "method", "patterns", "run", "sparse_plan",
+    },
+    "dittune/sparse_plan.py": {"call", "kernels", "patterns"},
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/seam.py": {"call", "errors", "method", "run"},
     "dittune/denoiser.py": {
@@ -39,7 +43,7 @@ MAY_IMPORT = {
     },
     "dittune/methods/": {
         "attn_maps", "call", "errors", "heads", "kernels", "latent_step", "map_losses", "method",
-        "patterns", "perturbation", "run", "tokens",
+        "patterns", "perturbation", "run", "sparse", "sparse_plan", "tokens",
     },
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},

@@ -59,7 +59,8 @@ class MergePadding(Method):
             return proceed(call)
         bias = call.query.new_zeros(1, 1, 1, call.key.shape[2])
         bias[..., call.layout.text[1] - 1] = math.log(count)
-        return proceed(call._replace(core=functools.partial(_with_bias, call.core, bias)))
+        core = functools.partial(_with_bias, call.core, bias)
+        return proceed(call._replace(core=core, repeats=count))
 
     def report(self, run: Run) -> dict[str, Any]:
         return {"merged_tokens": getattr(run.memory(self), "equal", 0)}
