@@ -33,3 +33,11 @@ def bench_headhunt(
     from dittune.pipelines.headhunt import bench
 
     emit(bench.bench_headhunt(model, rounds=rounds, batch=batch))
+
+
+@bench_app.command("memory")
+def bench_memory() -> None:
+    """Memory of a gradient step on the latents at the size of SD 1.5, against a plain one; JSON."""
+    from dittune.pipelines import bench_memory
+
+    emit(bench_memory.bench_memory())
