@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,9 +36,18 @@ def bench_headhunt(
     emit(bench.bench_headhunt(model, rounds=rounds, batch=batch))
 
 
-@bench_app.command("memory")
-def bench_memory() -> None:
-    """Memory of a gradient step on the latents at the size of SD 1.5, against a plain one; JSON."""
-    from dittune.pipelines import bench_memory
+@bench_app.command("attention")
+def bench_attention(
+    cpu: Annotated[bool, typer.Option("--cpu", help="shapes for a CPU")] = False,
+    only: Annotated[str, typer.Option(help="part of SHAPE/PATTERN/BACKEND")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="timed calls of each kernel")] = 30,
+    out: Annotated[Path, typer.Option(help="folder of attention.csv and .svg")] = Path(
+        "outputs/attention"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Sparse attention against dense, on the shapes of real models."""
+    from dittune.pipelines.attention_bench import bench
 
-    emit(bench_memory.bench_memory())
+    result = bench.bench_attention(cpu, only, rounds, out)
+    emit(result) if as_json else print(bench.as_text(result))

@@ -45,6 +45,16 @@ def read_prompts(prompt: str | None, prompts_file: Path | None) -> list[str] | N
     return [line.strip() for line in lines if line.strip()]
 
 
+def parse_counts(text: str) -> list[int]:
+    """`2,3` as `[2, 3]`."""
+    from dittune.errors import ConfigError
+
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError as error:
+        raise ConfigError(f"numbers are written like 2,3, got {text!r}") from error
+
+
 def resolve_flags(config: Path | None, source: Path | None, flags: dict, method, set_) -> Any:
     """The configuration of a file or of a recorded picture, with flags on top."""
     from dittune.config import read_yaml, resolve

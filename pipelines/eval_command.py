@@ -29,6 +29,7 @@ def eval_command(
     prompts: str,
     seeds: int,
     limit: int | None,
+    objects: Sequence[int],
     batch: int,
     objective: str | None,
     merge_padding: bool,
@@ -51,7 +52,7 @@ def eval_command(
     Raises:
         ConfigError: a variant, sweep, prompt or objective that cannot be understood.
     """
-    texts = load_prompts(prompts, limit)
+    texts = load_prompts(prompts, limit, objects)
     built = build_methods(config)
     variants = [_variant(label, built) for label in labels]
     swept = {sweep: _sweep(sweep, config) for sweep in sweeps}

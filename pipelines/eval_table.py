@@ -11,6 +11,7 @@ import numpy as np
 from dittune.pipelines.evaluate import ImageScore
 
 Z95 = 1.959964
+SIGNED = "{:+.1f} ({:+.1f} to {:+.1f})"
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
@@ -31,19 +32,41 @@ def paired_difference(
     Seeds of one prompt are not independent, so the interval is over per-prompt means. A baseline of
     several variants counts by its mean.
     """
-    base: dict[tuple[str, int], float] = {}
-    for key, values in _grouped(baseline, what).items():
-        base[key] = float(np.mean(values))
-    by_prompt: dict[str, list[float]] = {}
+    means = _prompt_means(scores, baseline, what)
+    if len(means) < 2:
+        return None
+    gain = means[:, 1] - means[:, 0]
+    half = Z95 * gain.std(ddof=1) / math.sqrt(len(gain))
+    return float(gain.mean()), float(gain.mean() - half), float(gain.mean() + half)
+
+
+def failures_removed(
+    scores: Sequence[ImageScore], baseline: Sequence[ImageScore]
+) -> tuple[float, float, float] | None:
+    """Share of the baseline's failures that are gone, net of new ones, with a 95 % interval.
+
+    A ratio of means over prompts; its interval is by the delta method. None without failures.
+    """
+    means = _prompt_means(scores, baseline, "success")
+    if len(means) < 2 or (means[:, 0] == 1).all():
+        return None
+    gain, failed = means[:, 1] - means[:, 0], 1 - means[:, 0]
+    ratio = gain.mean() / failed.mean()
+    spread = (gain - ratio * failed).std(ddof=1) / (math.sqrt(len(gain)) * failed.mean())
+    return float(ratio), float(ratio - Z95 * spread), float(ratio + Z95 * spread)
+
+
+def _prompt_means(
+    scores: Sequence[ImageScore], baseline: Sequence[ImageScore], what: str
+) -> np.ndarray:
+    """(baseline, variant) mean over the seeds that both have, for each prompt, `[prompts, 2]`."""
+    base = {key: float(np.mean(values)) for key, values in _grouped(baseline, what).items()}
+    by_prompt: dict[str, list[tuple[float, float]]] = {}
     for s in scores:
         if (s.prompt, s.seed) in base:
-            difference = float(getattr(s, what)) - base[s.prompt, s.seed]
-            by_prompt.setdefault(s.prompt, []).append(difference)
-    if len(by_prompt) < 2:
-        return None
-    means = np.array([np.mean(values) for values in by_prompt.values()])
-    half = Z95 * means.std(ddof=1) / math.sqrt(len(means))
-    return float(means.mean()), float(means.mean() - half), float(means.mean() + half)
+            pair = (base[s.prompt, s.seed], float(getattr(s, what)))
+            by_prompt.setdefault(s.prompt, []).append(pair)
+    return np.array([np.mean(pairs, 0) for pairs in by_prompt.values()]).reshape(-1, 2)
 
 
 def _grouped(scores: Sequence[ImageScore], what: str) -> dict[tuple[str, int], list[float]]:
@@ -81,6 +104,8 @@ def _row(label: str, own: Sequence[ImageScore], baseline: Sequence[ImageScore]) 
     row["no_extra"] = _share(own, "extra", wanted=0)
     difference = paired_difference(own, baseline) if own is not baseline else None
     row["difference"] = [round(x, 4) for x in difference] if difference else None
+    removed = failures_removed(own, baseline) if own is not baseline else None
+    row["failures_removed"] = [round(x, 4) for x in removed] if removed else None
     if not any(math.isnan(s.objective) for s in own):
         row["objective"] = round(float(np.mean([s.objective for s in own])), 4)
         moved = paired_difference(own, baseline, "objective") if own is not baseline else None
@@ -101,7 +126,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown; shares in per cent with their 95 % interval."""
     shares = [key for key in rows[0] if isinstance(rows[0][key], dict)]
     judged = "objective" in rows[0]
-    head = ["variant", "images", *shares, "difference"]
+    head = ["variant", "images", *shares, "difference", "failures removed"]
     head += ["objective", "its difference"] if judged else []
     head += ["s/image", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -114,10 +139,8 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
                 continue
             share, low, high = (100 * value[part] for part in ("share", "low", "high"))
             cells.append(f"{share:.1f} ({low:.1f} to {high:.1f})")
-        gap = row["difference"]
-        cells.append(
-            "" if gap is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in gap))
-        )
+        for gap in (row["difference"], row["failures_removed"]):
+            cells.append("" if gap is None else SIGNED.format(*(100 * x for x in gap)))
         if judged:
             gap = row["objective_difference"]
             cells.append(f"{row['objective']:.3f}")

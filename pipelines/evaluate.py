@@ -65,11 +65,14 @@ class ImageScore:
     peak_mib: float
 
 
-def load_prompts(name_or_file: str, limit: int | None = None) -> list[str]:
+def load_prompts(
+    name_or_file: str, limit: int | None = None, objects: Sequence[int] = ()
+) -> list[str]:
     """A named prompt set, or a file with one prompt a line.
 
     Args:
         limit: take about this many, spread evenly over the set.
+        objects: only prompts that name so many objects; all if empty.
 
     Raises:
         ConfigError: neither a set nor a file, no prompt in it, or one the scorer cannot read.
@@ -81,13 +84,17 @@ def load_prompts(name_or_file: str, limit: int | None = None) -> list[str]:
         prompts = [line.strip() for line in lines if line.strip()]
     else:
         raise ConfigError(f"no prompt set or file {name_or_file!r}; sets: {', '.join(PROMPT_SETS)}")
-    if not prompts:
-        raise ConfigError(f"{name_or_file} holds no prompt")
+    counts = {}
     for prompt in prompts:
         try:
-            world.parse(prompt)
+            counts[prompt] = len(world.parse(prompt).objects)
         except ValueError as error:
             raise ConfigError(f"the Shapes scorer cannot judge a prompt: {error}") from error
+    if objects:
+        prompts = [prompt for prompt in prompts if counts[prompt] in objects]
+    if not prompts:
+        named = f" with {' or '.join(map(str, objects))} objects" if objects else ""
+        raise ConfigError(f"{name_or_file} holds no prompt{named}")
     if limit is not None and limit < len(prompts):
         prompts = [prompts[int(i)] for i in np.linspace(0, len(prompts) - 1, limit)]
     return prompts
