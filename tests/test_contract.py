@@ -23,6 +23,9 @@ NEUTRAL = {
     "a_star": [{"scale": 0.0}, {"stop": 0.0}],
     "conform": [{"scale": 0.0}, {"stop": 0.0}, {"stop": 1.0, "refinements": 0}],  # one concept
     "attention_regulation": [{"scale": 0.0}, {"start": 0.3, "stop": 0.3}],
+    "natten": [{"window": 99}, {"window": 3, "stop": 0.0}],
+    "clear": [{"radius": 99.0}, {"radius": 2.0, "start": 1.0}],
+    "scale_dit": [{"window": 64, "guide": False}, {"start": 0.5, "stop": 0.5}],
 }
 ACTIVE = {
     "softpag": [
@@ -37,6 +40,9 @@ ACTIVE = {
     "a_star": [{}, {"concepts": "red, circle", "scale": 5.0, "checkpointing": True}],
     "conform": [{"concepts": "red, circle", "stop": 1.0, "refinements": 1}],
     "attention_regulation": [{}, {"concepts": "red+circle", "scale": 2.0, "layers": "0"}],
+    "natten": [{"window": 2}, {"window": 3, "stride": 2, "start": 0.5}],
+    "clear": [{"radius": 1.5}, {"radius": 1.1, "pooled": 2, "base_tokens": 9}],
+    "scale_dit": [{"window": 2, "factor": 2}, {"window": 4, "factor": 2, "guide": False}],
     "merge_padding": [],  # never changes the picture, only what it costs
 }
 
