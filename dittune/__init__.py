@@ -26,10 +26,13 @@ _LAZY = {
     "AStar": "dittune.methods.a_star",
     "AttendAndExcite": "dittune.methods.attend_and_excite",
     "AttentionRegulation": "dittune.methods.attention_regulation",
+    "Clear": "dittune.methods.clear",
     "Conform": "dittune.methods.conform",
     "Isolation": "dittune.methods.isolation",
     "Regions": "dittune.methods.regions",
     "SharedAttention": "dittune.methods.shared_attention",
+    "Natten": "dittune.methods.natten",
+    "ScaleDiT": "dittune.methods.scale_dit",
     "SoftPAG": "dittune.methods.softpag",
     "SoftPAGGuidance": "dittune.guider",
 }

@@ -47,11 +47,13 @@ class TokenLayout(NamedTuple):
         image: first and one-past-last token of the picture that is being made.
         text: first and one-past-last text token; equal where there is no text.
         grid: image tokens as `(frames, height, width)`, slow to fast.
+        references: tokens of reference pictures, behind all others.
     """
 
     image: tuple[int, int]
     text: tuple[int, int]
     grid: tuple[int, int, int]
+    references: int = 0
 
 
 class TextAxis(NamedTuple):
@@ -85,6 +87,8 @@ class AttnCall(NamedTuple):
         state: what the method's own `site_state` returned for this site.
         core: the model's own attention core; `proceed` ends in it.
         run: the generation this call belongs to.
+        repeats: how many equal text tokens the last text token stands for; `core` knows of it, a
+            method that computes attention by itself adds the log of it to that key's logit.
     """
 
     query: torch.Tensor
@@ -97,6 +101,7 @@ class AttnCall(NamedTuple):
     state: Any
     core: Callable[[AttnCall], torch.Tensor]
     run: Any
+    repeats: int = 1
 
     def chunk_of(self, role: Role) -> tuple[int, int] | None:
         """First and one-past-last batch row of a role, or None if the batch has no such rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -65,3 +66,20 @@ def bench_regions(
         num_inference_steps=steps, guidance_scale=guidance_scale,
     )  # fmt: skip
     emit(rows) if as_json else print(evaluation.as_markdown(rows), end="")
+
+
+@bench_app.command("attention")
+def bench_attention(
+    cpu: Annotated[bool, typer.Option("--cpu", help="shapes for a CPU")] = False,
+    only: Annotated[str, typer.Option(help="part of SHAPE/PATTERN/BACKEND")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="timed calls of each kernel")] = 30,
+    out: Annotated[Path, typer.Option(help="folder of attention.csv and .svg")] = Path(
+        "outputs/attention"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Sparse attention against dense, on the shapes of real models."""
+    from dittune.pipelines.attention_bench import bench
+
+    result = bench.bench_attention(cpu, only, rounds, out)
+    emit(result) if as_json else print(bench.as_text(result))

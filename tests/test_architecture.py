@@ -35,6 +35,10 @@ MAY_IMPORT = {
         "attn_maps", "call", "errors", "latent_inputs", "method", "run", "scheduler_seam", "tokens",
     },
     "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
+    "dittune/sparse.py": {
+        "attn_maps", "call", "errors", "method", "patterns", "run", "sparse_plan",
+    },
+    "dittune/sparse_plan.py": {"call", "kernels", "patterns"},
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/seam.py": {"call", "errors", "method", "run"},
     "dittune/denoiser.py": {
@@ -46,8 +50,8 @@ MAY_IMPORT = {
     },
     "dittune/methods/": {
         "attn_maps", "boxes", "call", "errors", "heads", "kernels", "latent_step", "map_losses",
-        "method", "patterns", "perturbation", "row_groups", "run", "subject_masks",
-        "subject_method", "tokens",
+        "method", "patterns", "perturbation", "row_groups", "run", "sparse", "sparse_plan",
+        "subject_masks", "subject_method", "tokens",
     },
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},

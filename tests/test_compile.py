@@ -85,6 +85,25 @@ def test_blocks_of_the_other_families_are_whole_graphs(family):
     torch.testing.assert_close(compiled, eager, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_blocks_under_clear_are_whole_graphs(backend):
+    """The kernel is one operator in it, and no graph more for a second attach."""
+    pipe, sizes = flux(num_layers=1, num_single_layers=1), [{}]
+    if backend == "inductor":  # slow anyway: a second size, too
+        sizes.append({"height": 16, "width": 64})
+
+    def made():
+        with dittune.attach(pipe, dittune.Clear(radius=1.5, pooled=2, backend="cpu")):
+            return [latents(pipe, steps=1, **size) for size in sizes]
+
+    eager = made()
+    compile_blocks(pipe, backend)
+    torch.testing.assert_close(made(), eager, atol=2e-4, rtol=1e-3)
+    count = graphs()
+    made()
+    assert graphs() == count >= 2
+
+
 @pytest.mark.parametrize(
     ("build", "deep"),
     [(sd3, {"num_layers": 7}), (flux, {"num_layers": 5, "num_single_layers": 9})],

@@ -32,6 +32,9 @@ NEUTRAL = {
     ],
     "regions": [{}, {"regions": "0,0,1,1: red circle", "scale": 0.0}, {"start": 0.1, "stop": 0.1}],
     "radial": [{"start": 0.5, "stop": 0.5}],
+    "natten": [{"window": 99}, {"window": 3, "stop": 0.0}],
+    "clear": [{"radius": 99.0}, {"radius": 2.0, "start": 1.0}],
+    "scale_dit": [{"window": 64, "guide": False}, {"start": 0.5, "stop": 0.5}],
 }
 PAIR = ["a red circle", "a red circle and a blue square"]
 BOXES = "0,0,0.5,1: red circle; 0.5,0,1,1: blue square"
@@ -56,6 +59,9 @@ ACTIVE = {
     ],
     "regions": [{"regions": "0,0,0.5,1: red circle"}, {"regions": "0,0,1,1: circle", "scale": 2.0}],
     "radial": [{"start": 0.0, "dense_layers": "", "block": 4, "sink": False}],
+    "natten": [{"window": 2}, {"window": 3, "stride": 2, "start": 0.5}],
+    "clear": [{"radius": 1.5}, {"radius": 1.1, "pooled": 2, "base_tokens": 9}],
+    "scale_dit": [{"window": 2, "factor": 2}, {"window": 4, "factor": 2, "guide": False}],
     "merge_padding": [],  # never changes the picture, only what it costs
 }
 

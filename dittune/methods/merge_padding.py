@@ -65,7 +65,8 @@ class MergePadding(Method):
         count = call.run.memory(self).equal
         if count < 2:
             return proceed(call)
-        return proceed(call._replace(core=functools.partial(_weighted, call.core, count)))
+        core = functools.partial(_weighted, call.core, count)
+        return proceed(call._replace(core=core, repeats=count))
 
     def report(self, run: Run) -> dict[str, Any]:
         return {"merged_tokens": getattr(run.memory(self), "equal", 0)}

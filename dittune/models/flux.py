@@ -71,7 +71,8 @@ def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[tuple[str, int], T
     text = kwargs["encoder_hidden_states"].shape[1]
     height, width = _grid(kwargs["img_ids"])
     end = text + height * width
-    return {("joint", 0): TokenLayout((text, end), (0, text), (1, height, width))}
+    references = kwargs["img_ids"].shape[-2] - height * width
+    return {("joint", 0): TokenLayout((text, end), (0, text), (1, height, width), references)}
 
 
 def text_axes(pipe: Any, kwargs: dict[str, Any]) -> list[TextAxis]:

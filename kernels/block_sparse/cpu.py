@@ -1,6 +1,7 @@
 """The CPU path: one row of blocks after the other, only the blocks that are listed.
 
-Logits are kept for a few blocks at a time, so memory does not grow with the length of a row.
+The listed keys of a row are put side by side; PyTorch's own fused kernel does the rest, which keeps
+no logits. The way back keeps those of a few blocks at a time.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ class _Part(NamedTuple):
     Attributes:
         heads: which heads, a slice or int64 `[h]`.
         queries: which tokens.
-        keys: token numbers, int64 `[n * block_k]`.
+        columns: key blocks, int64 `[n]`.
         seen: 1 for pairs that attend, else 0, `[1 or B, 1, 1 or q, m]`, of the last `m` keys; or
             None.
     """
 
     heads: slice | torch.Tensor
     queries: slice
-    keys: torch.Tensor
+    columns: torch.Tensor
     seen: torch.Tensor | None
 
 
@@ -40,19 +41,21 @@ def forward(
     exact = torch.promote_types(query.dtype, torch.float32)
     out = torch.zeros_like(query)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=exact)
-    for row in _rows(query, key, task):
-        top, total, mixed = -torch.inf, 0, 0
-        for part in row:
-            logits = _logits(query, key, part, task)
-            new_top = logits.amax(-1, keepdim=True).clamp_(min=top)
-            weights = _exp(logits, new_top, part)
-            kept = torch.exp(top - new_top)
-            total = total * kept + weights.sum(-1, keepdim=True)
-            mixed = mixed * kept + weights @ _take(value, part, exact)
-            top = new_top
-            heads, queries = part.heads, part.queries
-        out[:, heads, queries] = (mixed / total.masked_fill(total == 0, 1)).to(out.dtype)
-        lse[:, heads, queries] = (top + total.log())[..., 0]
+    for (part,) in _rows(query, key, task, in_parts=False):
+        heads, queries = part.heads, part.queries
+        keys, values = (_take(t, part, task.block[1]) for t in (key, value))
+        mask = None
+        if part.seen is not None:
+            mask = part.seen.log().to(query.dtype)  # 0 or -inf
+            mask = torch.nn.functional.pad(mask, (keys.shape[2] - mask.shape[3], 0))
+            mask = mask.expand(-1, -1, queries.stop - queries.start, -1)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mine, mine_lse = fused(
+            query[:, heads, queries], keys, values, attn_mask=mask, scale=task.scale
+        )
+        if mask is not None:  # the fused kernel gives 0 for the LSE of nothing
+            mine_lse = mine_lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+        out[:, heads, queries], lse[:, heads, queries] = mine, mine_lse
     return out, lse
 
 
@@ -77,36 +80,39 @@ def backward(
             logits = _logits(query, key, part, task)
             weights = _exp(logits, lse[:, heads, queries, None], part)
             grad = grad_out[:, heads, queries].to(exact)
-            grad_logits = grad @ _take(value, part, exact).transpose(-1, -2)
+            grad_logits = grad @ _take(value, part, task.block[1]).to(exact).transpose(-1, -2)
             grad_logits = grad_logits.sub_(delta[:, heads, queries, None]).mul_(weights)
             grad_logits = grad_logits.mul_(task.scale)
-            grads[0][:, heads, queries] += grad_logits @ _take(key, part, exact)
+            grads[0][:, heads, queries] += grad_logits @ _take(key, part, task.block[1]).to(exact)
             mine = query[:, heads, queries].to(exact)
-            _add(grads[1], part, grad_logits.transpose(-1, -2) @ mine)
-            _add(grads[2], part, weights.transpose(-1, -2) @ grad)
+            keys = _tokens(part.columns, task.block[1], key.shape[2])
+            _add(grads[1], heads, keys, grad_logits.transpose(-1, -2) @ mine)
+            _add(grads[2], heads, keys, weights.transpose(-1, -2) @ grad)
     return tuple(
         grad.to(t.dtype, copy=False) for grad, t in zip(grads, (query, key, value), strict=True)
     )
 
 
-def _rows(query: torch.Tensor, key: torch.Tensor, task: Task) -> Iterator[list[_Part]]:
-    """The rows that have blocks, each in parts of bounded size."""
-    plans, nq, _ = task.lists.grid
+def _rows(
+    query: torch.Tensor, key: torch.Tensor, task: Task, in_parts: bool = True
+) -> Iterator[list[_Part]]:
+    """The rows that have blocks, each whole, or in parts of bounded size."""
+    plans, nq, nk = task.lists.grid
     for plan in range(plans):
         heads, many = slice(None), query.shape[1]
         if plans > 1:
             heads = (task.lists.head_plan.expand(many) == plan).nonzero()[:, 0]
             many = len(heads)
         logits = query.shape[0] * many * task.block[0] * task.block[1]
+        at_once = max(1, LOGITS_AT_ONCE // max(1, logits)) if in_parts else nk
         for row in range(nq if many else 0):
-            parts = _parts(query, key, task, plan, row, heads, max(1, LOGITS_AT_ONCE // logits))
+            parts = _parts(query, task, plan, row, heads, at_once)
             if parts:
                 yield parts
 
 
 def _parts(
     query: torch.Tensor,
-    key: torch.Tensor,
     task: Task,
     plan: int,
     row: int,
@@ -114,7 +120,7 @@ def _parts(
     at_once: int,
 ) -> list[_Part]:
     """One row, `at_once` blocks a part, full blocks first."""
-    lists, (block_q, block_k) = task.lists, task.block
+    lists, block_q = task.lists, task.block[0]
     first, last = lists.row_full_start[plan, row : row + 2].tolist()
     full = lists.row_full_index[first:last]
     first, last = lists.row_partial_start[plan, row : row + 2].tolist()
@@ -122,15 +128,13 @@ def _parts(
     queries = slice(row * block_q, min((row + 1) * block_q, query.shape[2]))
     columns, out = torch.cat([full, partial]).long(), []
     for i in range(0, len(columns), at_once):
-        keys = (columns[i : i + at_once, None] * block_k + torch.arange(block_k)).flatten()
         masked = slice(max(0, i - len(full)), max(0, i + at_once - len(full)))
         seen = None
         if len(partial[masked]):
             seen = pairs_allowed(task, plan, row, partial[masked], slots[masked]).flatten(2)
             seen = seen[:, None, : queries.stop - queries.start]
             seen = seen.to(torch.promote_types(query.dtype, torch.float32))
-        # Places beyond the last key, never seen, read the last key instead.
-        out.append(_Part(heads, queries, keys.clamp(max=key.shape[2] - 1), seen))
+        out.append(_Part(heads, queries, columns[i : i + at_once], seen))
     return out
 
 
@@ -138,7 +142,7 @@ def _logits(query: torch.Tensor, key: torch.Tensor, part: _Part, task: Task) -> 
     """`[B, h, q, n * block_k]`, about `HIDDEN` where a pair does not attend."""
     exact = torch.promote_types(query.dtype, torch.float32)
     mine = query[:, part.heads, part.queries].to(exact) * task.scale
-    logits = mine @ _take(key, part, exact).transpose(-1, -2)
+    logits = mine @ _take(key, part, task.block[1]).to(exact).transpose(-1, -2)
     if part.seen is not None:
         logits[..., -part.seen.shape[-1] :].add_((part.seen - 1) * -HIDDEN)
     return logits
@@ -157,15 +161,25 @@ def _exp(logits: torch.Tensor, shift: torch.Tensor, part: _Part) -> torch.Tensor
     return weights
 
 
-def _take(tensor: torch.Tensor, part: _Part, dtype: torch.dtype) -> torch.Tensor:
-    """The listed keys of the heads, `[B, h, n * block_k, D]`."""
-    return tensor[:, part.heads].index_select(2, part.keys).to(dtype)
+def _take(tensor: torch.Tensor, part: _Part, size: int) -> torch.Tensor:
+    """The listed keys of the heads, `[B, h, n * size, D]`."""
+    tensor = tensor[:, part.heads]
+    if tensor.shape[2] % size:
+        return tensor.index_select(2, _tokens(part.columns, size, tensor.shape[2]))
+    blocks = tensor.unflatten(2, (-1, size))  # whole blocks are copied faster than tokens
+    return blocks.index_select(2, part.columns).flatten(2, 3)
 
 
-def _add(grad: torch.Tensor, part: _Part, values: torch.Tensor) -> None:
+def _tokens(columns: torch.Tensor, size: int, keys: int) -> torch.Tensor:
+    """Token numbers of key blocks; places beyond the last key, never seen, are the last key."""
+    return (columns[:, None] * size + torch.arange(size)).flatten().clamp(max=keys - 1)
+
+
+def _add(
+    grad: torch.Tensor, heads: slice | torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
     """Adds to the listed keys; a key may be listed twice, hence no plain indexing."""
-    if isinstance(part.heads, slice):
-        grad.index_add_(2, part.keys, values)
+    if isinstance(heads, slice):
+        grad.index_add_(2, keys, values)
     else:
-        mine = grad[:, part.heads].index_add_(2, part.keys, values)
-        grad[:, part.heads] = mine
+        grad[:, heads] = grad[:, heads].index_add_(2, keys, values)

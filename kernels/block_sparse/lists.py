@@ -110,7 +110,8 @@ def check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, task: Tas
             f"query, key and value have one floating type, got {query.dtype}, {key.dtype}, "
             f"{value.dtype}; under autocast, cast them first"
         )
-    devices = {t.device for t in (query, key, value, *lists)}
+    # A plan moves as a whole; only the number of keys is given apart from it.
+    devices = {t.device for t in (query, key, value, lists.row_order, lists.key_count)}
     if len(devices) > 1:
         raise ValueError(f"query, key, value and plan are on one device, got {devices}")
     blocks = -(-rows // block[0]), -(-key.shape[2] // block[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from types import ModuleType
 
 import torch
 
@@ -13,6 +15,12 @@ BACKENDS = {
     "cpu": "dittune.kernels.block_sparse.cpu",
     "triton": "dittune.kernels.block_sparse.triton",
 }
+
+
+@functools.cache
+def backend_module(name: str) -> ModuleType:
+    """The module of a back-end."""
+    return importlib.import_module(BACKENDS[name])
 
 
 @torch.library.custom_op("dittune::block_sparse_attention", mutates_args=())
@@ -28,7 +36,7 @@ def block_sparse_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output like `query` and LSE `[B, H, Sq]`; `lists` are the fields of `BlockLists`."""
     task = Task(BlockLists(*lists), tuple(block), rule, scale)
-    return importlib.import_module(BACKENDS[backend]).forward(query, key, value, task)
+    return backend_module(backend).forward(query, key, value, task)
 
 
 @block_sparse_op.register_fake
@@ -50,8 +58,7 @@ def block_sparse_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; `saved` are these three, output and LSE."""
     task = Task(BlockLists(*lists), tuple(block), rule, scale)
-    module = importlib.import_module(BACKENDS[backend])
-    return module.backward(grad_out, grad_lse, *saved, task)
+    return backend_module(backend).backward(grad_out, grad_lse, *saved, task)
 
 
 @block_sparse_backward_op.register_fake

@@ -124,7 +124,7 @@ def test_the_grid_is_that_of_the_first_picture_in_any_precision():
     picture, reference = (ids(1, *side, "cpu", torch.float32) for side in ((3, 2), (4, 4)))
     reference[:, 0] = 1
     both = torch.cat([picture, reference])
-    assert layout(both) == layout(both[None]) == TokenLayout((7, 13), (0, 7), (1, 3, 2))
+    assert layout(both) == layout(both[None]) == TokenLayout((7, 13), (0, 7), (1, 3, 2), 16)
 
 
 def test_distilled_guidance_is_one_call_a_step_and_true_guidance_two():

@@ -1,0 +1,51 @@
+"""Neighborhood attention: each image token sees a window around it, shifted inside at borders.
+
+Source: "Generalized Neighborhood Attention" (arXiv 2504.16922) and "Faster Neighborhood Attention"
+(arXiv 2403.04690).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dittune.errors import ConfigError
+from dittune.patterns import Neighborhood, Plan, best_order
+from dittune.sparse import SparseMethod
+from dittune.sparse_plan import Place, image_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natten(SparseMethod):
+    """Windows of image tokens; without training, for pictures larger than a model was made for.
+
+    On an axis with fewer tokens than the window (a deep stage of a UNet) all of them are seen.
+
+    Args:
+        window: tokens of a window's side.
+        stride: so many tokens in a row share a window; of the size of the window, the picture falls
+            into separate windows. Multiples of 8 spare work: whole blocks stay without a mask.
+        dilation: only every so many tokens are seen, in a window that many times as wide.
+
+    Raises:
+        ConfigError: not `1 <= stride <= window`, or a dilation below 1.
+    """
+
+    window: int = 16
+    stride: int = 1
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.stride <= self.window or self.dilation < 1:
+            raise ConfigError(
+                "natten: 1 <= stride <= window and 1 <= dilation, got window "
+                f"{self.window}, stride {self.stride}, dilation {self.dilation}"
+            )
+
+    def plan(self, place: Place) -> Plan:
+        grid = place.layout.grid
+        dilation = tuple(min(self.dilation, size) for size in grid)
+        window = tuple(min(self.window, size // d) for size, d in zip(grid, dilation, strict=True))
+        stride = tuple(min(self.stride, size) for size in window)
+        pattern = Neighborhood(grid, window, stride, dilation)
+        return image_plan(place, pattern, best_order(pattern, grid, place.block))

@@ -1,0 +1,157 @@
+"""What a plan is to one place of a model: which order, which back-end, and how to run it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from dittune.call import AttnCall, TokenLayout
+from dittune.kernels.block_sparse import block_sparse_attention, merge_attention
+from dittune.patterns import Pattern, Plan, Segment, Sequence, TokenOrder, make_plan, text_segment
+
+MASK_TOKENS = 4096  # `auto` makes a mask of tokens x tokens up to here
+
+# Of the CPU path, in units of one pair of tokens of one head, measured on one core of a Zen 4: a
+# row of blocks, and a pair of a visited block.
+ROW_COST, PAIR_COST = 150_000, 1.8
+
+
+class Place(NamedTuple):
+    """Where attention is computed; what a plan depends on.
+
+    Attributes:
+        layout: of the tokens.
+        heads: of the sites; with the length it decides whether blocks are worth it on a CPU.
+        device: of the tensors.
+    """
+
+    layout: TokenLayout
+    heads: int
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole sequence."""
+        return max(self.layout.image[1], self.layout.text[1]) + self.layout.references
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block: what the kernels of the device like."""
+        return 64 if self.device.type == "cpu" else 128
+
+
+class Ready:
+    """A plan on its device, and how to run it.
+
+    Attributes:
+        backend: `plain` (the plan is dense), `dense` (under a mask), or a kernel's name.
+        mask: bool `[Sq, Skv]` in the model's order, for `dense`.
+        lists: what the kernel takes.
+        order: from the model's order to the plan's, for queries and for keys; None changes nothing.
+    """
+
+    def __init__(self, plan: Plan, place: Place, backend: str):
+        self.plan, self.place = plan, place
+        self.block, self.rule = plan.block, plan.rule
+        self.backend = _choose(plan, place, backend)
+        self.mask, self.lists, self.order = None, None, (None, None)
+        if self.backend == "dense":
+            self.mask = plan.dense_mask().to(place.device)
+        elif self.backend != "plain":
+            self.lists = plan.to(place.device).tensors
+            both = plan.queries.permutation, plan.keys.permutation
+            self.order = tuple(p and p.to(place.device) for p in both)
+
+    @functools.cached_property
+    def report(self) -> dict[str, Any]:
+        """Shares of all pairs, of the image's pairs (coarse keys added) and of the blocks."""
+        stats, tokens = self.plan.stats(), self.place.tokens
+        image = self.place.layout.image[1] - self.place.layout.image[0]
+        pairs = stats.token_density * self.plan.queries.tokens * self.plan.keys.tokens
+        inside = pairs - (tokens - image) * (tokens + image)
+        return {
+            "backend": self.backend,
+            "density": pairs / tokens**2,
+            "image_density": inside / image**2,
+            "block_density": stats.block_density,
+        }
+
+    def __call__(self, call: AttnCall, scale: float | None) -> torch.Tensor:
+        """Attention under the plan, `[B, H, Sq, D]`, tokens in the model's order."""
+        last = call.layout.text[1] - 1
+        if self.backend == "dense":
+            mask = self.mask
+            if call.repeats > 1:
+                mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, -math.inf)
+                mask[:, last] += math.log(call.repeats)
+            return functional.scaled_dot_product_attention(
+                call.query, call.key, call.value, attn_mask=mask, scale=scale
+            )
+        query, key, value = (
+            t if order is None else order.permute(t)
+            for t, order in zip(
+                (call.query, call.key, call.value), (self.order[0], self.order[1], self.order[1])
+            )
+        )
+        out, lse = block_sparse_attention(
+            query, key, value, self.lists, self.block, self.rule, scale, self.backend
+        )
+        if self.order[0] is not None:
+            out = self.order[0].unpermute(out)
+        if call.repeats == 1:
+            return out
+        lse = lse if self.order[0] is None else self.order[0].unpermute(lse, -1)
+        # The further copies of that key are a set of keys of their own, with one value.
+        scale = call.query.shape[-1] ** -0.5 if scale is None else scale
+        again = (call.query @ call.key[:, :, last, :, None])[..., 0].to(lse.dtype) * scale
+        same = call.value[:, :, last : last + 1].expand_as(out)
+        return merge_attention([out, same], [lse, again + math.log(call.repeats - 1)])[0]
+
+
+def image_plan(
+    place: Place,
+    pattern: Pattern,
+    order: TokenOrder,
+    coarse: dict[str, tuple[TokenOrder, Pattern | bool]] | None = None,
+) -> Plan:
+    """The plan of a sequence in which only the image tokens are choosy.
+
+    Args:
+        place: where the image is in the sequence.
+        pattern: which image tokens see each other.
+        order: of the image tokens.
+        coarse: further keys, behind those of the model: their order, and which of them an image
+            token sees. Other tokens do not see them.
+    """
+    first, last = place.layout.image
+    ends = {"before": first, "after": place.tokens - last}
+    parts = {name: text_segment(count) for name, count in ends.items() if count}
+    parts = {name: Segment(name, part.order) for name, part in parts.items()}
+    image = Segment("image", order)
+    own = [parts[n] if n != "image" else image for n in ("before", "image", "after")
+           if n == "image" or n in parts]  # fmt: skip
+    rules = {(a.name, b.name): True for a in own for b in own}
+    rules["image", "image"] = pattern
+    keys = list(own)
+    for name, (its_order, rule) in (coarse or {}).items():
+        keys.append(Segment(name, its_order))
+        rules |= {(part, name): False for part in parts} | {("image", name): rule}
+    sequences = [Sequence(tuple(each), place.block) for each in (own, keys)]
+    return make_plan(*sequences, rules, (place.block, place.block))
+
+
+def _choose(plan: Plan, place: Place, backend: str) -> str:
+    (layout,), (block_q, block_k) = plan.layouts, plan.block
+    if layout.sure == plan.queries.tokens * plan.keys.tokens == place.tokens**2:
+        return "plain"
+    if backend == "auto" and place.device.type == "cpu":
+        visited = (len(layout.full) + len(layout.partial)) * block_q * block_k
+        rows = -(-plan.queries.slots // block_q)
+        sparse = ROW_COST * rows + PAIR_COST * place.heads * visited
+        dense = place.heads * plan.queries.tokens * plan.keys.tokens
+        return "dense" if sparse > dense and place.tokens <= MASK_TOKENS else "cpu"
+    return backend

@@ -1,0 +1,90 @@
+"""Scale-DiT: the small picture, the pass that reads it, and who sees what of it."""
+
+import pytest
+import torch
+
+import dittune
+from dittune.errors import ConfigError
+from dittune.run import ModelInputs
+from tests.tiny import FAMILIES, flux, latents, sd3
+
+
+def scale_dit(**settings):
+    return dittune.ScaleDiT(**{"window": 2, "factor": 2, **settings})
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3.5", "sd"])
+def test_back_ends_agree(family):
+    pipe = FAMILIES[family]()
+    results = []
+    for backend in ("dense", "cpu", "reference"):
+        with dittune.attach(pipe, scale_dit(backend=backend)):
+            results.append(latents(pipe, steps=1, guidance_scale=4.0, height=32, width=48))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-3, rtol=1e-3)
+
+
+def test_the_small_picture_is_what_the_plain_model_makes():
+    """Of the same noise, every second token of it, under the same guidance and schedule."""
+    pipe = sd3()
+    noise = torch.randn(1, pipe.transformer.config.in_channels, 16, 16)
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+    side = 16 * pipe.vae_scale_factor
+    with dittune.attach(pipe, scale_dit()) as handle:
+        pipe("a red circle", latents=noise, height=side, width=side, max_sequence_length=8,
+             **settings)  # fmt: skip
+        (memory,) = handle.last_run._memory.values()
+    small = pipe("a red circle", latents=noise[..., ::2, ::2], height=side // 2, width=side // 2,
+                 max_sequence_length=8, **settings).images  # fmt: skip
+    torch.testing.assert_close(memory.picture, small, atol=1e-4, rtol=1e-4)
+
+
+def test_the_guide_is_read_once_at_scaled_places(monkeypatch):
+    pipe, calls = flux(), []
+    method = scale_dit()
+    around = type(method).around_model
+
+    def record(self, inputs, model):
+        def seen(given: ModelInputs):
+            kwargs = given.kwargs
+            calls.append((kwargs["hidden_states"].shape[1], float(kwargs["timestep"][0]),
+                          kwargs["img_ids"]))  # fmt: skip
+            return model(given)
+
+        return around(self, inputs, seen)
+
+    monkeypatch.setattr(type(method), "around_model", record)
+    with dittune.attach(pipe, method):
+        latents(pipe, steps=2, height=32, width=48)  # 4 x 6 tokens
+    assert [tokens for tokens, _, _ in calls] == [6, 6, 6, 24, 24]
+    assert [time for _, time, _ in calls][2] == 0.0
+    small, spread = calls[0][2], calls[2][2]
+    assert torch.equal(spread[:, 1:], 2 * small[:, 1:])
+    assert small[:, 1:].tolist() == [[y, x] for y in range(2) for x in range(3)]
+
+
+def test_another_guide_gives_another_picture():
+    pipe = sd3()
+    with dittune.attach(pipe, scale_dit()):
+        guided = latents(pipe)
+    with dittune.attach(pipe, scale_dit(guide=False)) as handle:
+        alone = latents(pipe)
+        assert handle.report()["scale_dit"]["guide"] is False
+    assert (guided - alone).abs().max() > 1e-2
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="window a multiple of it"):
+        scale_dit(window=3)
+    pipe = flux()
+    with (
+        dittune.attach(pipe, scale_dit(window=3, factor=3)),
+        pytest.raises(ConfigError, match="multiples of 3 tokens"),
+    ):
+        latents(pipe)
+    apart = dittune.SoftPAG(heads="1:0", u=0.5, perturbation="temperature")
+    with (
+        dittune.attach(pipe, apart, scale_dit()),
+        pytest.raises(ConfigError, match="before methods that compute some heads apart"),
+    ):
+        latents(pipe)
