@@ -61,12 +61,15 @@ class Pipeline:
         *,
         device: str | torch.device | None = "auto",
         dtype: str | torch.dtype | None = "auto",
+        **load: Any,
     ) -> Pipeline:
         """Load a bundled checkpoint by name, a local folder, or a hub id.
 
         Args:
             device: `auto` is cuda, else mps, else cpu.
             dtype: `auto` is bfloat16 or float16 on a GPU, float32 on the CPU.
+            load: further arguments of diffusers' `from_pretrained`, e.g. `quantization_config`,
+                `variant`, or a component made before (`transformer=...`).
 
         Raises:
             CheckpointError: not found, unreadable, or stored as pickles (only safetensors are).
@@ -81,7 +84,7 @@ class Pipeline:
         try:
             with quiet(Path(source).is_dir()):
                 pipe = DiffusionPipeline.from_pretrained(
-                    source, dtype=torch_dtype, use_safetensors=True
+                    source, dtype=torch_dtype, use_safetensors=True, **load
                 ).to(device)
         except Exception as error:  # diffusers, transformers and the hub raise what they like
             if _is_out_of_memory(error):
