@@ -17,7 +17,7 @@ MARK = re.compile(r"^<!-- settings: (\w+) -->$", re.MULTILINE)
 
 
 def on_startup(**_):
-    """The modules laid out as in a wheel, for the API pages, which read files and import nothing."""
+    """The modules laid out as in a wheel: the API pages read files and import nothing."""
     package = ROOT / "build" / "docs" / "dittune"
     for source, target in ((ROOT / "dittune", package), (ROOT / "pipelines", package / "pipelines"),
                            (ROOT / "kernels", package / "kernels")):  # fmt: skip
@@ -61,8 +61,9 @@ def settings_table(name: str) -> str:
     for field in own:
         if field.name not in about:
             raise LookupError(f"{cls.__name__} does not describe {field.name} in its docstring")
-        cells = (f"`{field.name}`", f"`{field.type}`", f"`{field.default!r}`", about[field.name])
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        kind = field.type.replace(" | ", " or ")
+        cells = (f"`{field.name}`", f"`{kind}`", f"`{field.default!r}`", about[field.name])
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

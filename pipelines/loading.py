@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 def locate(name_or_path: str) -> str:
     """A folder or hub id; checked as far as that is possible without loading."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name_or_path))  # the method of Path fails for no user
     if name_or_path in dittune.available_checkpoints():
         folder = Path(dittune.checkpoint(name_or_path))
     elif not folder.is_dir():

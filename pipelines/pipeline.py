@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import numbers
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ class Pipeline:
 
 def public_name(name_or_path: str) -> str:
     """What a record may say of a model: of a local folder its own name only."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name_or_path))
     return folder.resolve().name if folder.is_dir() else name_or_path
 
 
