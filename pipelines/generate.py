@@ -146,7 +146,7 @@ def check_recorded_model(name: Any) -> None:
         ConfigError: neither bundled, nor a folder here, nor a hub id.
     """
     name = str(name)
-    if "/" not in name and name not in dittune.available_checkpoints() and not Path(name).is_dir():
+    if "/" not in name and name not in dittune.available_checkpoints() and not os.path.isdir(name):
         raise ConfigError(f"the picture was made with the local model {name!r}; add --model FOLDER")
 
 

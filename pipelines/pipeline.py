@@ -214,7 +214,7 @@ class Pipeline:
 def public_name(name_or_path: str) -> str:
     """What a record may say of a model: of a local folder its own name only."""
     folder = Path(os.path.expanduser(name_or_path))
-    return folder.resolve().name if folder.is_dir() else name_or_path
+    return folder.resolve().name if os.path.isdir(folder) else name_or_path
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

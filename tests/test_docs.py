@@ -21,7 +21,8 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-OTHER_TOOLS = {"mkdocs", "python", "python3", "pip", "pytest", "ruff", "torchrun"}
+LONG_PAGES = [ROOT / "docs" / "methods" / "softpag.md"]  # 20 random sets, and a search
+OTHER_TOOLS = {"mkdocs", "mypy", "python", "python3", "pip", "pytest", "ruff", "torchrun"}
 SMALL = {
     "generate": {"--steps": "2", "--num-images": "2"},
     "eval": {"--steps": "1", "--limit": "2", "--seeds": "1"},
@@ -98,7 +99,9 @@ def titled(page):
 
 
 def with_commands(wanted):
-    return [p for p in PAGES if any((c[0] == "bench") == wanted for c in commands(p))]
+    """Pages with (or without) benchmarks among their commands; a search takes long as well."""
+    pages = [p for p in PAGES if any((c[0] == "bench") == wanted for c in commands(p))]
+    return [pytest.param(p, marks=pytest.mark.slow if p in LONG_PAGES else ()) for p in pages]
 
 
 def run_commands(page, are_benchmarks, folder, monkeypatch):
@@ -136,10 +139,10 @@ def hub(tmp_path_factory):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=titled)
 def test_python_runs(page, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"modular_pipe": SimpleNamespace(update_components=lambda guider: guider.scale)}
+    names = {"modular_pipe": SimpleNamespace(update_components=lambda guider: None)}
     for code in blocks(page, "python"):
         if "torchao" in code:
-            continue  # tests/test_checkpoints.py runs it where torchao is installed
+            continue  # tests/pipelines/test_checkpoints.py does, where torchao is installed
         for pattern, replacement in IN_PYTHON.items():
             code = re.sub(pattern, replacement, code)
         for name in STAND_INS:

@@ -28,8 +28,11 @@ EXAMPLES = pytest.mark.parametrize(
 )
 
 # Pieces of what is understood, wrong digits, huge numbers, and bytes that are no text.
-PIECES = [*"0123456789:,;*x#+@=.-_ ~/", "²", "٣", "softpag", "none", "u", "heads", "red", "circle",
-          "nan", "inf", "1e999", "9" * 5000, "\x00", "\udcff", "${", "???", "true", "null"]  # fmt: skip
+PIECES = [
+    *"0123456789:,;*x#+@=.-_ ~/",
+    *("²", "٣", "softpag", "none", "u", "heads", "red", "circle", "nan", "inf", "1e999"),
+    *("9" * 5000, "\x00", "\udcff", "${", "???", "true", "null"),
+]
 WORDS = st.one_of(
     st.lists(st.sampled_from(PIECES), max_size=8).map("".join),
     st.text(max_size=20),
@@ -108,6 +111,7 @@ def test_files_that_once_had_a_traceback(tmp_path, text):
         (check_numbers, config.RunConfig(guidance_scale=float("nan"))),
         (check_numbers, config.RunConfig(steps=0)),
         (fingerprint, "~nobody-of-this-name"),
+        (fingerprint, LONG),
         (load_objective, ".relative:f"),
     ],
 )
