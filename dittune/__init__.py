@@ -6,7 +6,9 @@ with dittune.attach(pipe, dittune.SoftPAG(heads="2:1,3:0", u=0.5, scale=3.0)):
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dittune.attach import Attachment, attach
 from dittune.errors import DittuneError
@@ -36,13 +38,44 @@ _LAZY = {
     "SoftPAG": "dittune.methods.softpag",
     "SoftPAGGuidance": "dittune.guider",
 }
-__all__ = ["Attachment", "DittuneError", "HeadSet", "Method", "__version__", "attach", *_LAZY]
+__all__ = [
+    "AStar",
+    "Attachment",
+    "AttendAndExcite",
+    "AttentionRegulation",
+    "Conform",
+    "DittuneError",
+    "HeadSet",
+    "Method",
+    "Pipeline",
+    "SoftPAG",
+    "SoftPAGGuidance",
+    "__version__",
+    "attach",
+    "available_checkpoints",
+    "available_methods",
+    "available_models",
+    "checkpoint",
+    "load_method",
+]
 
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+    from dittune.checkpoints import available_checkpoints, checkpoint
+    from dittune.guider import SoftPAGGuidance
+    from dittune.methods import available_methods, load_method
+    from dittune.methods.a_star import AStar
+    from dittune.methods.attend_and_excite import AttendAndExcite
+    from dittune.methods.attention_regulation import AttentionRegulation
+    from dittune.methods.conform import Conform
+    from dittune.methods.softpag import SoftPAG
+    from dittune.models import available_models
+    from dittune.pipelines.pipeline import Pipeline
+else:
 
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module 'dittune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'dittune' has no attribute {name!r}")
+        return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
@@ -60,7 +93,7 @@ def _bootstrap_source_checkout() -> None:
         folder = here.parent / name
         if (here / name).exists() or not folder.is_dir():
             continue
-        spec = importlib.util.spec_from_loader(f"{__name__}.{name}", loader=None, is_package=True)
+        spec = ModuleSpec(f"{__name__}.{name}", loader=None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module

@@ -142,11 +142,14 @@ class Attachment:
         """The user's own `callback_on_step_end` still runs, after the methods."""
         users = kwargs.get("callback_on_step_end")
         wanted = list(kwargs.get("callback_on_step_end_tensor_inputs", ["latents"]))
-        if hasattr(users, "tensor_inputs"):  # diffusers' PipelineCallback brings its own list
+        if users is not None and hasattr(
+            users, "tensor_inputs"
+        ):  # diffusers' PipelineCallback brings its own list
             wanted = list(users.tensor_inputs)
 
         def step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
             run, given = self.run, tensors["latents"]
+            assert run is not None  # the pipeline calls this inside of its own call
             if run.latents is not None:
                 raise SeamError(
                     f"{type(pipe.scheduler).__name__}.step was not asked to step latents that a "
@@ -206,8 +209,8 @@ def _prompts(stock_call: Callable, pipe: Any, args: tuple, kwargs: dict) -> dict
 def _denoisers(target: Any) -> list[nn.Module]:
     if isinstance(target, nn.Module):
         return [target]
-    found = [getattr(target, name, None) for name in DENOISER_NAMES]
-    found = [model for model in found if isinstance(model, nn.Module)]
+    parts = [getattr(target, name, None) for name in DENOISER_NAMES]
+    found = [model for model in parts if isinstance(model, nn.Module)]
     if not found:
         raise UnsupportedModelError(
             f"expected a diffusers pipeline or denoiser, got {type(target).__name__}, which has no "

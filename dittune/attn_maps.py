@@ -34,7 +34,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """
     found: list[int] = []
     for part in text.split(",") if text.strip() else ():
-        numbers = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        numbers = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         if not numbers:
             raise ConfigError(f"layers are written like '3,5-7', got {text!r}")
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from dittune.errors import ConfigError
 from dittune.method import Method
@@ -97,7 +97,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # constructors raise what they like where a tag does not fit
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read configuration {path}: {reason}") from error
     if not isinstance(content, dict):
@@ -114,8 +114,9 @@ def write_yaml(config: RunConfig) -> str:
 def preset(model: str) -> dict[str, Any]:
     """Recommended settings of a model; its `methods` are defaults for methods, it selects none."""
     spec = importlib.util.find_spec("dittune.samples")
-    path = Path(next(iter(spec.submodule_search_locations))) / "presets" / f"{model}.yaml"
-    return read_yaml(path) if "/" not in model and path.is_file() else {}
+    folder = Path(next(iter(spec.submodule_search_locations))) / "presets"
+    found = {path.stem: path for path in folder.glob("*.yaml")}
+    return read_yaml(found[model]) if model in found else {}
 
 
 def resolve(
@@ -204,15 +205,20 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
         ):
             value = None
         try:
+            if value == "???" and types[key] != "str":  # OmegaConf takes it for a missing value
+                raise ValidationError
             OmegaConf.update(checked, key, _escaped(value), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {key} is of type {types[key]}, got {value!r}") from error
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: {key} is no Unicode text: {value!r}") from error
     return OmegaConf.to_container(checked, resolve=True)
 
 
 def _escaped(value: Any) -> Any:
     """Keep `${...}` in prompts literal: nothing is interpolated."""
     if isinstance(value, str):
+        value.encode()  # fails for surrogates, which no tokenizer, file or terminal takes
         return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
     if isinstance(value, (list, tuple)):
         return [_escaped(item) for item in value]

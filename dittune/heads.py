@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from dittune.call import Site
 from dittune.errors import ConfigError, SelectionError
 
 ALL = "*"
+NUMBER = re.compile(r"\d{1,6}")
 
 
 class HeadSet:
@@ -26,7 +28,7 @@ class HeadSet:
         pairs: dict[tuple[int, int | str], None] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             layer, colon, head = (side.strip() for side in part.partition(":"))
-            if not colon or not layer.isdecimal() or not (head == ALL or head.isdecimal()):
+            if not (colon and NUMBER.fullmatch(layer) and (head == ALL or NUMBER.fullmatch(head))):
                 raise ConfigError(
                     f"heads are written layer:head,layer:head (head may be *), got {part!r}"
                 )

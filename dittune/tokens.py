@@ -215,7 +215,7 @@ def _word_tokens(
 
 def _spans(text: str, word: str) -> list[tuple[int, int]]:
     """First and one-past-last character of a word's occurrences, or of the one it numbers."""
-    numbered = re.fullmatch(r"(.+?)#([1-9]\d*)", word)
+    numbered = re.fullmatch(r"(.+?)#([1-9]\d{0,3})", word)
     bare = numbered[1] if numbered else word
     pattern = r"\s+".join(re.escape(part) for part in bare.split())
     before = r"(?<!\w)" if bare[0].isalnum() else ""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 from dittune.config import RunConfig
 from dittune.errors import ConfigError
+from dittune.pipelines.pipeline import MAX_SEED
 
 
 def call_settings(pipe: Any, config: RunConfig) -> dict[str, Any]:
@@ -49,8 +52,38 @@ def image_size(config: RunConfig) -> tuple[int, int] | None:
     """
     if not config.size:
         return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", config.size)
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", config.size)
     if not match:
         raise ConfigError(f"size is written SIDE or WIDTHxHEIGHT in pixels, got {config.size!r}")
     width = int(match[1])
     return width, int(match[2] or width)
+
+
+def check_numbers(config: RunConfig) -> None:
+    """What can be refused of numbers and size before a model is loaded.
+
+    Raises:
+        ConfigError: one that is out of range.
+    """
+    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0), ("frames", 1), ("fps", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if config.seed is not None and config.seed + config.num_images - 1 > MAX_SEED:
+        raise ConfigError(f"seed must be at most {MAX_SEED}, got {config.seed}")
+    if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
+        raise ConfigError(f"guidance_scale must be a finite number, got {config.guidance_scale}")
+    image_size(config)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not empty, without blanks around them.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read prompts from {path}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]

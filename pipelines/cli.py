@@ -117,8 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line and exit code 2 for whatever the user can mend."""
     from dittune.errors import DittuneError
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        " ".join(arguments).encode()
         code = app(arguments, standalone_mode=False)
+    except UnicodeEncodeError:
+        say("error: the arguments must be text in UTF-8")
+        code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except UsageError as error:

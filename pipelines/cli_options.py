@@ -38,11 +38,9 @@ def read_prompts(prompt: str | None, prompts_file: Path | None) -> list[str] | N
         return None if prompt is None else [prompt]
     if prompt is not None:
         raise ConfigError("give either a prompt or --prompts-file, not both")
-    try:
-        lines = prompts_file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read prompts from {prompts_file}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    from dittune.pipelines.arguments import read_lines
+
+    return read_lines(prompts_file)
 
 
 def parse_counts(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from dittune.config import RunConfig, build_methods, resolve
 from dittune.errors import ConfigError
 from dittune.methods.merge_padding import MergePadding
 from dittune.pipelines import curves
-from dittune.pipelines.arguments import call_settings
+from dittune.pipelines.arguments import call_settings, check_numbers
 from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
@@ -53,6 +54,7 @@ def eval_command(
     Raises:
         ConfigError: a variant, sweep, prompt or objective that cannot be understood.
     """
+    check_numbers(config)
     built = build_methods(config)
     variants = [_variant(label, built) for label in labels]
     swept = {sweep: _sweep(sweep, config) for sweep in sweeps}
@@ -121,9 +123,12 @@ def _variant(label: str, built: dict) -> Variant:
     if not at:
         return Variant(name, methods)
     try:
-        return Variant(f"{name}@{scale}", methods, float(scale))
-    except ValueError as error:
-        raise ConfigError(f"{label}: after @ comes a guidance scale, got {scale!r}") from error
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{label}: after @ comes a guidance scale, got {scale!r}")
+    return Variant(f"{name}@{scale}", methods, number)
 
 
 def _sweep(sweep: str, config: RunConfig) -> list[Variant]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dittune.errors import ConfigError
 from dittune.method import Method
-from dittune.pipelines.arguments import guidance
+from dittune.pipelines.arguments import guidance, read_lines
 from dittune.pipelines.headhunt.objectives import Objective
 from dittune.pipelines.media import grid
 from dittune.pipelines.pipeline import Pipeline
@@ -85,8 +85,7 @@ def load_prompts(
     if name_or_file in PROMPT_SETS:
         prompts = list(prompt_set(name_or_file, scorer.modality))
     elif Path(name_or_file).is_file():
-        lines = Path(name_or_file).read_text(encoding="utf-8").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = read_lines(Path(name_or_file))
     else:
         raise ConfigError(f"no prompt set or file {name_or_file!r}; sets: {', '.join(PROMPT_SETS)}")
     counts = {}

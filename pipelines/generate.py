@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import math
 import os
 import re
 import secrets
@@ -16,11 +15,11 @@ from typing import Any
 import dittune
 from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
-from dittune.pipelines.arguments import call_settings, image_size, makes_videos
+from dittune.pipelines.arguments import call_settings, check_numbers, makes_videos
 from dittune.pipelines.loading import fingerprint
 from dittune.pipelines.map_pictures import WatchWords, sheet
 from dittune.pipelines.media import read_record, save_png
-from dittune.pipelines.pipeline import MAX_SEED, Pipeline, public_name
+from dittune.pipelines.pipeline import Pipeline, public_name
 from dittune.pipelines.video import save_video
 
 
@@ -43,15 +42,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("no prompt; give one, or a file with one a line")
     if any(not prompt.strip() for prompt in config.prompts):
         raise ConfigError("a prompt is empty")
-    for name, least in (("num_images", 1), ("steps", 1), ("seed", 0), ("frames", 1), ("fps", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
-    if config.seed is not None and config.seed + config.num_images - 1 > MAX_SEED:
-        raise ConfigError(f"seed must be at most {MAX_SEED}, got {config.seed}")
-    if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
-        raise ConfigError(f"guidance_scale must be a finite number, got {config.guidance_scale}")
-    image_size(config)
+    check_numbers(config)
 
 
 def jobs(config: RunConfig, out: Path, suffix: str = ".png") -> list[Job]:
@@ -171,7 +162,7 @@ def check_recorded_model(name: Any) -> None:
         ConfigError: neither bundled, nor a folder here, nor a hub id.
     """
     name = str(name)
-    if "/" not in name and name not in dittune.available_checkpoints() and not Path(name).is_dir():
+    if "/" not in name and name not in dittune.available_checkpoints() and not os.path.isdir(name):
         raise ConfigError(f"the picture was made with the local model {name!r}; add --model FOLDER")
 
 

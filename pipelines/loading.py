@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,10 +45,10 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 def locate(name_or_path: str) -> str:
     """A folder or hub id; checked as far as that is possible without loading."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name_or_path))  # unlike Path's own, leaves what it cannot
     if name_or_path in dittune.available_checkpoints():
         folder = Path(dittune.checkpoint(name_or_path))
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):  # False also for what is too long to be a path
         if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")):
             return name_or_path  # a hub id
         return dittune.checkpoint(name_or_path)  # raises, naming what there is
@@ -74,7 +75,7 @@ def fingerprint(name_or_path: str) -> str | None:
     None for a hub id: its weights are not looked at before they are needed.
     """
     folder = Path(locate(name_or_path))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):

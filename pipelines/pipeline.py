@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import numbers
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,12 +67,15 @@ class Pipeline:
         *,
         device: str | torch.device | None = "auto",
         dtype: str | torch.dtype | None = "auto",
+        **load: Any,
     ) -> Pipeline:
         """Load a bundled checkpoint by name, a local folder, or a hub id.
 
         Args:
             device: `auto` is cuda, else mps, else cpu.
             dtype: `auto` is bfloat16 or float16 on a GPU, float32 on the CPU.
+            load: further arguments of diffusers' `from_pretrained`, e.g. `quantization_config`,
+                `variant`, or a component made before (`transformer=...`).
 
         Raises:
             CheckpointError: not found, unreadable, or stored as pickles (only safetensors are).
@@ -86,7 +90,7 @@ class Pipeline:
         try:
             with quiet(Path(source).is_dir()):
                 pipe = DiffusionPipeline.from_pretrained(
-                    source, dtype=torch_dtype, use_safetensors=True
+                    source, dtype=torch_dtype, use_safetensors=True, **load
                 ).to(device)
         except Exception as error:  # diffusers, transformers and the hub raise what they like
             if _is_out_of_memory(error):
@@ -224,8 +228,8 @@ class Pipeline:
 
 def public_name(name_or_path: str) -> str:
     """What a record may say of a model: of a local folder its own name only."""
-    folder = Path(name_or_path).expanduser()
-    return folder.resolve().name if folder.is_dir() else name_or_path
+    folder = Path(os.path.expanduser(name_or_path))
+    return folder.resolve().name if os.path.isdir(folder) else name_or_path
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

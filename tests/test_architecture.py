@@ -144,7 +144,7 @@ def test_everything_public_can_be_imported_and_is_listed():
     assert {"attach", "Pipeline", "SoftPAG", "HeadSet", "Method", "checkpoint"} <= set(
         dittune.__all__
     )
-    assert set(dittune.__all__) <= set(dir(dittune))
+    assert set(dittune._LAZY) <= set(dittune.__all__) <= set(dir(dittune))
     with pytest.raises(AttributeError, match="no attribute 'SoftPag'"):
         _ = dittune.SoftPag
 

@@ -42,6 +42,7 @@ def test_contents(wheel):
     }
     assert modules == {name for name in names if name.endswith(".py")}
     for wanted in (
+        "dittune/py.typed",
         "dittune/pipelines/cli.py",
         "dittune/samples/shapes/world.py",
         checkpoint + "model_index.json",

@@ -13,7 +13,7 @@ from dittune.config import RunConfig, write_yaml
 from dittune.errors import ConfigError
 from dittune.methods.softpag import KINDS
 from dittune.models import DENOISER_NAMES, facts_for
-from dittune.pipelines.arguments import call_settings
+from dittune.pipelines.arguments import call_settings, check_numbers, read_lines
 from dittune.pipelines.evaluate import load_prompts
 from dittune.pipelines.headhunt import heat_map
 from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_objective
@@ -50,6 +50,7 @@ def headhunt_command(
     Raises:
         ConfigError: nothing to search, or `out` belongs to another search.
     """
+    check_numbers(config)
     team = Team()
     texts = _prompts(prompts, limit, objective)
     method = dict(config.methods["softpag"])
@@ -110,8 +111,7 @@ def head_pool(pipeline: Pipeline, kind: str) -> list[str]:
 def _prompts(prompts: str, limit: int | None, objective: str) -> list[str]:
     if objective in SHAPES_OBJECTIVES or not Path(prompts).is_file():
         return load_prompts(prompts, limit)
-    lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-    texts = [line.strip() for line in lines if line.strip()][:limit]
+    texts = read_lines(Path(prompts))[:limit]
     if not texts:
         raise ConfigError(f"{prompts} holds no prompt")
     return texts

@@ -80,7 +80,7 @@ def load_objective(name: str, model: str | None = None, device: str = "cpu") -> 
         raise ConfigError(f"unknown objective {name!r}; known: {known}, or MODULE:FUNCTION")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # it may be anybody's module
         raise ConfigError(f"cannot import objective {name}: {error}") from error
     if not callable(found):
         raise ConfigError(f"objective {name} is no function")

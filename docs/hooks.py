@@ -1,0 +1,77 @@
+"""What mkdocs cannot do by itself: pictures of the gallery, and tables of a method's settings.
+
+A line `<!-- settings: NAME -->` becomes a table of the fields of that method, with the types and
+defaults of its dataclass and the words of its docstring, so that no page can say anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MARK = re.compile(r"^<!-- settings: (\w+) -->$", re.MULTILINE)
+
+
+def on_startup(**_):
+    """The modules laid out as in a wheel: the API pages read files and import nothing."""
+    package = ROOT / "build" / "docs" / "dittune"
+    for source, target in ((ROOT / "dittune", package), (ROOT / "pipelines", package / "pipelines"),
+                           (ROOT / "kernels", package / "kernels")):  # fmt: skip
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for path in source.iterdir():
+            (target / path.name).symlink_to(path)
+        if not (source / "__init__.py").exists():
+            (target / "__init__.py").touch()
+
+
+def on_files(files, config):
+    """Pictures and cards are shown from where they lie."""
+    from mkdocs.structure.files import File
+
+    for path in sorted((ROOT / "samples" / "gallery").iterdir()):
+        files.append(File.generated(config, f"gallery/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, **_):
+    return MARK.sub(lambda match: settings_table(match[1]), markdown)
+
+
+def settings_table(name: str) -> str:
+    """The settings of a method as a Markdown table.
+
+    Raises:
+        LookupError: a field that no docstring of the class or of its bases describes.
+    """
+    import dittune
+
+    cls = dittune.load_method(name)
+    about: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            about |= described(base)
+    rows = ["| setting | type | default | what it is |", "| --- | --- | --- | --- |"]
+    own = [f for f in dataclasses.fields(cls) if f.name not in ("start", "stop")]
+    own += [f for f in dataclasses.fields(cls) if f.name in ("start", "stop")]
+    for field in own:
+        if field.name not in about:
+            raise LookupError(f"{cls.__name__} does not describe {field.name} in its docstring")
+        kind = field.type.replace(" | ", " or ")
+        cells = (f"`{field.name}`", f"`{kind}`", f"`{field.default!r}`", about[field.name])
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def described(cls: type) -> dict[str, str]:
+    """The section `Args:` of a class's own Google docstring, by name."""
+    text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
+    if not section:
+        return {}
+    entries = re.findall(r"^    (\w+): ((?:.*\n?)(?:     .*\n?)*)", section[1], re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in entries}
