@@ -43,11 +43,17 @@ __all__ = [
     "Attachment",
     "AttendAndExcite",
     "AttentionRegulation",
+    "Clear",
     "Conform",
     "DittuneError",
     "HeadSet",
+    "Isolation",
     "Method",
+    "Natten",
     "Pipeline",
+    "Regions",
+    "ScaleDiT",
+    "SharedAttention",
     "SoftPAG",
     "SoftPAGGuidance",
     "__version__",
@@ -66,7 +72,13 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from dittune.methods.a_star import AStar
     from dittune.methods.attend_and_excite import AttendAndExcite
     from dittune.methods.attention_regulation import AttentionRegulation
+    from dittune.methods.clear import Clear
     from dittune.methods.conform import Conform
+    from dittune.methods.isolation import Isolation
+    from dittune.methods.natten import Natten
+    from dittune.methods.regions import Regions
+    from dittune.methods.scale_dit import ScaleDiT
+    from dittune.methods.shared_attention import SharedAttention
     from dittune.methods.softpag import SoftPAG
     from dittune.models import available_models
     from dittune.pipelines.pipeline import Pipeline

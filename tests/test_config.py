@@ -55,7 +55,10 @@ def test_order_of_merging(monkeypatch):
     assert (settings["u"], settings["scale"], settings["start"]) == (0.2, 8.0, 0.1)
 
 
-@pytest.mark.parametrize("model", dittune.available_checkpoints())
+PRESETS = [name for name in dittune.available_checkpoints() if config.preset(name)]
+
+
+@pytest.mark.parametrize("model", PRESETS)
 def test_the_presets_of_the_bundled_models_are_valid_and_select_no_method(model):
     recommended = config.preset(model)
     assert recommended["methods"]
