@@ -27,11 +27,11 @@ class SoftPAGGuidance(BaseGuidance):
     """`uncond + g (cond - uncond) + w (cond - perturbed)`.
 
     For `pipe.update_components(guider=SoftPAGGuidance(heads="2:1,3:0", scale=3.0))`. Outside of the
-    perturbed forward pass the denoiser is untouched, also after an error in it.
+    perturbed forward pass the denoiser is untouched, also after an error in it. `heads`, `first`,
+    `perturbation`, `u`, `sigma`, `temperature`, `rows`, `cols` and `kind` are those of `SoftPAG`.
 
     Args:
         guidance_scale: `g`, of classifier-free guidance; 1 is off.
-        heads, first, perturbation, u, sigma, temperature, rows, cols, kind: see `SoftPAG`.
         scale: `w`; 0 is off.
         perturbed_start: share of the steps after which heads are perturbed.
         perturbed_stop: share of the steps after which they no longer are.
