@@ -31,6 +31,7 @@ _LAZY = {
     "Clear": "dittune.methods.clear",
     "Conform": "dittune.methods.conform",
     "Isolation": "dittune.methods.isolation",
+    "Radial": "dittune.methods.radial",
     "Regions": "dittune.methods.regions",
     "SharedAttention": "dittune.methods.shared_attention",
     "Natten": "dittune.methods.natten",
@@ -51,6 +52,7 @@ __all__ = [
     "Method",
     "Natten",
     "Pipeline",
+    "Radial",
     "Regions",
     "ScaleDiT",
     "SharedAttention",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from dittune.methods.conform import Conform
     from dittune.methods.isolation import Isolation
     from dittune.methods.natten import Natten
+    from dittune.methods.radial import Radial
     from dittune.methods.regions import Regions
     from dittune.methods.scale_dit import ScaleDiT
     from dittune.methods.shared_attention import SharedAttention

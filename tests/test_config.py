@@ -55,10 +55,7 @@ def test_order_of_merging(monkeypatch):
     assert (settings["u"], settings["scale"], settings["start"]) == (0.2, 8.0, 0.1)
 
 
-PRESETS = [name for name in dittune.available_checkpoints() if config.preset(name)]
-
-
-@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("model", dittune.available_checkpoints())
 def test_the_presets_of_the_bundled_models_are_valid_and_select_no_method(model):
     recommended = config.preset(model)
     assert recommended["methods"]
