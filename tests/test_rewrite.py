@@ -168,7 +168,7 @@ def test_processors_that_go_through_the_dispatcher(has_source, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
-        ("AttnProcessor", (), "AttnProcessor makes 0 attention-core calls .* default processors"),
+        ("AttnProcessor", (), "AttnProcessor makes 0 attention-core calls .* as AttnProcessor2_0"),
         ("SlicedAttnProcessor", (2,), "SlicedAttnProcessor makes 0 attention-core"),
         ("XFormersJointAttnProcessor", (), "XFormersJointAttnProcessor makes 0 .*no xformers"),
         (
