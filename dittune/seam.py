@@ -160,8 +160,8 @@ def processor_class(stock_class: type, expected_calls: int | None = None) -> typ
         expected = "at least 1" if expected_calls is None else str(expected_calls)
         raise UnsupportedModelError(
             f"{stock_class.__name__} makes {count} attention-core calls dittune can redirect, "
-            f"expected {expected}; use processors that call PyTorch's attention, as AttnProcessor2_0 "
-            "does (no xformers, no attention slicing), or another diffusers version"
+            f"expected {expected}; use processors that call PyTorch's attention, as "
+            "AttnProcessor2_0 does (no xformers or attention slicing), or another diffusers version"
         )
     functools.update_wrapper(rewritten, stock_class.__call__)
     namespace = {
