@@ -11,6 +11,8 @@ from dittune.errors import CheckpointError
 
 def _folder() -> Path:
     spec = importlib.util.find_spec("dittune.samples")
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError("the package dittune.samples is missing; install dittune again")
     return Path(next(iter(spec.submodule_search_locations))) / "checkpoints"
 
 

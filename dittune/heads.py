@@ -48,7 +48,9 @@ class HeadSet:
     def at(self, site: Site) -> list[int]:
         """Head numbers selected at a site, ascending."""
         chosen = {head for layer, head in self.pairs if layer == site.layer}
-        return list(range(site.heads)) if ALL in chosen else sorted(chosen)
+        if ALL in chosen:
+            return list(range(site.heads))
+        return sorted(head for head in chosen if isinstance(head, int))
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """The sites (all of one kind) at which a head is selected.
@@ -64,7 +66,7 @@ class HeadSet:
                     f"this model has layers 0 to {len(by_layer) - 1}"
                 )
             heads = by_layer[layer].heads
-            if head != ALL and head >= heads:
+            if isinstance(head, int) and head >= heads:
                 raise SelectionError(
                     f"head {layer}:{head}: no head {head}; layer {layer} has heads 0 to {heads - 1}"
                 )
