@@ -42,7 +42,7 @@ class LatentStep(Method):
             from 1 at its first step to 0.5 at its last.
         layers: whose maps are read, `3,5-7`, counted among the joint or cross layers; empty is the
             model's own choice. They must have one resolution.
-        checkpointing: recompute blocks on the way back: more time, and less memory where activations
+        checkpointing: recompute blocks on the way back: more time, less memory where activations
             are large (at the size of SD 1.5 on 512 x 512 pixels it needs more).
 
     Raises:
