@@ -10,12 +10,16 @@ import typer
 from dittune.pipelines.cli_options import (
     ConfigFile,
     Device,
+    DryRun,
     Dtype,
     Guidance,
     Json,
     Methods,
     Model,
+    PromptsFile,
+    Seed,
     Sets,
+    Size,
     Steps,
     make,
     read_prompts,
@@ -25,31 +29,41 @@ from dittune.pipelines.cli_options import (
 
 def video(
     prompt: Annotated[str | None, typer.Argument(help="what to film")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="one prompt a line")] = None,
+    prompts_file: PromptsFile = None,
     model: Model = None,
     method: Methods = None,
     set_: Sets = None,
     config: ConfigFile = None,
     from_: Annotated[Path | None, typer.Option("--from", help="repeat this MP4")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="what not to film")] = None,
-    seed: Annotated[int | None, typer.Option(help="drawn at random if absent")] = None,
+    seed: Seed = None,
     num_videos: Annotated[int | None, typer.Option(help="videos a prompt")] = None,
     frames: Annotated[int | None, typer.Option(help="frames a video")] = None,
     fps: Annotated[int | None, typer.Option(help="frames a second, of the files")] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
-    size: Annotated[str | None, typer.Option(help="SIDE or WIDTHxHEIGHT in pixels")] = None,
+    size: Size = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="folder for the videos")] = Path("outputs/video"),
-    dry_run: Annotated[bool, typer.Option(help="print the resolved configuration only")] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Make videos, each as MP4 and GIF; run again, it continues where it stopped."""
     if config is None and from_ is None:
-        model = model or "shapes-wan"
+        model = model or _bundled()
     flags = {"model": model, "negative_prompt": negative_prompt, "seed": seed, "size": size}
     flags |= {"num_images": num_videos, "frames": frames, "fps": fps, "steps": steps}
     flags |= {"guidance_scale": guidance_scale, "device": device, "dtype": dtype}
     flags |= {"prompts": read_prompts(prompt, prompts_file)}
     make(resolve_flags(config, from_, flags, method, set_), out, ".mp4", dry_run, as_json)
+
+
+def _bundled() -> str:
+    """The video model of the package."""
+    from dittune.checkpoints import available_checkpoints
+    from dittune.errors import ConfigError
+
+    if "shapes-wan" not in available_checkpoints():
+        raise ConfigError("no video model is bundled; add --model with a folder or a hub id")
+    return "shapes-wan"

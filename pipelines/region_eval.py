@@ -20,8 +20,8 @@ LAYOUTS = [halves[::order] for halves in HALVES for order in (1, -1)]
 
 def region_prompts(name: str, limit: int) -> list[str]:
     """Prompts of a set that name two objects and no relation, spread over it."""
-    requests = {prompt: world.parse(prompt) for prompt in load_prompts(name)}
-    fitting = [p for p, r in requests.items() if len(r.objects) == 2 and r.relation is None]
+    requests = {prompt: world.parse(prompt) for prompt in load_prompts(name, objects=[2])}
+    fitting = [p for p, r in requests.items() if r.relation is None]
     picked = np.linspace(0, len(fitting) - 1, min(limit, len(fitting)))
     return [fitting[int(i)] for i in picked]
 

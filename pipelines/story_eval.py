@@ -88,8 +88,7 @@ def stories(split: str, each: int, counts: Sequence[int] = (2, 3, 4)) -> Iterato
 
 def scene_prompt(subjects: Sequence[str]) -> str:
     """A caption with all the subjects."""
-    first = ", ".join(subjects[:-1])
-    return f"{first} and {subjects[-1]}"
+    return " and ".join(filter(None, (", ".join(subjects[:-1]), subjects[-1])))
 
 
 def evaluate_stories(

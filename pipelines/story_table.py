@@ -16,7 +16,7 @@ from dittune.pipelines.eval_table import SIGNED, paired_difference, wilson
 from dittune.pipelines.evaluate import PeakMemory
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.story import with_subjects
-from dittune.pipelines.story_eval import SubjectRow
+from dittune.pipelines.story_eval import SubjectRow, scene_prompt
 
 BINS = (0.0, 0.15, 0.3, 0.45, 1.5)  # of the distance, in sides of the picture
 
@@ -102,11 +102,10 @@ def costs(
     found = [{"variant": "scene alone", "references": 0, **alone, "times": 1.0}]
     for count in references:
         own = subjects[:count]
-        scene = ", ".join(own[:-1]) + (" and " if count > 1 else "") + own[-1]
         boxes = [f"{box}: {one[2:]}" for box, one in zip(places, own, strict=False)]
         for label, methods in compared.items():
             told = with_subjects(methods, own, "; ".join(boxes))
-            line = _cost(pipeline, told, [*own, scene], rounds, settings)
+            line = _cost(pipeline, told, [*own, scene_prompt(own)], rounds, settings)
             times = line["seconds"] / alone["seconds"]
             found.append({"variant": label, "references": count, **line, "times": round(times, 2)})
     return found

@@ -38,7 +38,7 @@ class SDBundle(nn.Module):
     loss_name: ClassVar = "v"
     autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = False  # this pipeline knows a scale only
-    compiles: ClassVar = False  # torch 2.13 on a CPU: bfloat16 gradients 57 % off
+    compiles: ClassVar = False  # torch 2.13 gets its bfloat16 gradients wrong on a CPU
 
     def __init__(self):
         super().__init__()

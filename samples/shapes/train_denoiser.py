@@ -10,7 +10,7 @@ A family is one `nn.Module`, its bundle, with
 - `matrices`: a pattern of parameter names; the matrices among them are trained with Muon;
 - `loss_name`: what the loss log calls the error of the prediction;
 - `autoencoder`: the stage that trains its autoencoder, a key of `AUTOENCODERS`;
-- `compiles`: whether `torch.compile` computes its gradients right;
+- `compiles`: whether `torch.compile` was seen to compute its gradients right;
 - `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
 - `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
 - `forward(*inputs)` -> (prediction, label logits `[B, tokens, 17]`);
