@@ -21,7 +21,7 @@ from transformers import CLIPTextModel
 from dittune.samples.shapes import data, models, noising
 
 TEXT_LENGTHS = (64, 128, 256, 512)  # values of `max_sequence_length` seen in training
-WIDTH, DOUBLE_BLOCKS, SINGLE_BLOCKS = 128, 3, 6
+WIDTH, DOUBLE_BLOCKS, SINGLE_BLOCKS = 128, 2, 4
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

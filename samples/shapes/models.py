@@ -195,7 +195,7 @@ def share_capitals(encoder: T5EncoderModel, tokenizer: T5Tokenizer) -> None:
 
 
 def build_flux_transformer(
-    width: int = 128, double_blocks: int = 3, single_blocks: int = 6, pooled_width: int = 64
+    width: int = 128, double_blocks: int = 2, single_blocks: int = 4, pooled_width: int = 64
 ) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
         in_channels=4 * LATENT_CHANNELS,
