@@ -1,4 +1,4 @@
-"""Sets of attention heads, written `layer:head,layer:head`."""
+"""Layers, written `3,5-7`, and sets of heads, written `layer:head,layer:head`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from dittune.errors import ConfigError, SelectionError
 
 ALL = "*"
 NUMBER = re.compile(r"\d{1,6}")
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`3,5-7` as `(3, 5, 6, 7)`; "" is `()`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    found: list[int] = []
+    for part in text.split(",") if text.strip() else ():
+        numbers = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if not numbers:
+            raise ConfigError(f"layers are written like '3,5-7', got {text!r}")
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        found += range(first, last + 1)
+    return tuple(dict.fromkeys(found))
 
 
 class HeadSet:

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import dittune
-from dittune.attn_maps import MapMean, text_maps, word_maps, word_sites
 from dittune.call import AttnCall, Site
 from dittune.pipelines.media import grid
 from dittune.run import ModelInputs
-from dittune.tokens import find_concepts, parse_concepts, words_of_pictures
+from dittune.words.attn_maps import MapMean, text_maps, word_maps, word_sites
+from dittune.words.tokens import find_concepts, parse_concepts, words_of_pictures
 
 HOT = np.array([255.0, 40.0, 0.0])  # colour of the highest attention
 COVER = 0.75  # how much of the picture it covers there

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dittune.boxes import parse_boxes
 from dittune.errors import ConfigError
+from dittune.subjects.boxes import parse_boxes
 
 
 def with_regions(prompts: Sequence[str], regions: Sequence[str]) -> tuple[list[str], str]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dittune.errors import ConfigError
 from dittune.samples.shapes import score_marks, world
-from dittune.subject_masks import mask_file
+from dittune.subjects.masks import mask_file
 
 Segmenter = Callable[[Image.Image, str], np.ndarray]
 

@@ -21,7 +21,7 @@ from dittune.pipelines.media import grid, read_record, save_png
 from dittune.pipelines.pipeline import Pipeline, public_name
 from dittune.pipelines.row_log import RowLog
 from dittune.pipelines.segment import Segmenter, load_segmenter, write_masks
-from dittune.subject_method import SubjectMethod
+from dittune.subjects.method import SubjectMethod
 
 OWN_MAPS = "maps"  # masks from the model's own attention
 

@@ -20,25 +20,7 @@ MAY_IMPORT = {
     "dittune/run.py": {"call"},
     "dittune/method.py": {"call", "errors", "run"},
     "dittune/heads.py": {"call", "errors"},
-    "dittune/tokens.py": {"call", "errors", "run"},
-    "dittune/attn_maps.py": {"call", "errors", "tokens"},
-    "dittune/map_losses.py": set(),
-    "dittune/boxes.py": {"errors"},
-    "dittune/row_groups.py": {"call", "errors"},
-    "dittune/subject_masks.py": {"attn_maps", "boxes", "errors", "tokens"},
-    "dittune/subject_method.py": {
-        "attn_maps", "boxes", "call", "errors", "method", "row_groups", "run", "subject_masks",
-        "tokens",
-    },
-    "dittune/latent_inputs.py": {"run"},
-    "dittune/latent_step.py": {
-        "attn_maps", "call", "errors", "latent_inputs", "method", "run", "scheduler_seam", "tokens",
-    },
     "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
-    "dittune/sparse.py": {
-        "attn_maps", "call", "errors", "method", "patterns", "run", "sparse_plan",
-    },
-    "dittune/sparse_plan.py": {"call", "kernels", "patterns"},
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/seam.py": {"call", "errors", "method", "run"},
     "dittune/denoiser.py": {
@@ -48,10 +30,18 @@ MAY_IMPORT = {
     "dittune/attach.py": {
         "class_swap", "denoiser", "errors", "method", "models", "run", "scheduler_seam",
     },
+    "dittune/words/": {
+        "call", "errors", "heads", "method", "run", "scheduler_seam", "words",
+    },
+    "dittune/subjects/": {
+        "call", "errors", "heads", "method", "run", "subjects", "words",
+    },
+    "dittune/sparse/": {
+        "call", "errors", "heads", "kernels", "method", "patterns", "run", "sparse",
+    },
     "dittune/methods/": {
-        "attn_maps", "boxes", "call", "errors", "heads", "kernels", "latent_step", "map_losses",
-        "method", "patterns", "perturbation", "row_groups", "run", "sparse", "sparse_plan",
-        "subject_masks", "subject_method", "tokens",
+        "call", "errors", "heads", "kernels", "method", "patterns", "perturbation", "run",
+        "sparse", "subjects", "words",
     },
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 import dittune
 from dittune import config
-from dittune.attn_maps import parse_layers
 from dittune.errors import DittuneError
+from dittune.heads import parse_layers
 from dittune.pipelines import cli
 from dittune.pipelines.arguments import check_numbers, image_size
 from dittune.pipelines.headhunt.objectives import load_objective
 from dittune.pipelines.loading import fingerprint, pick_device, pick_dtype
 from dittune.pipelines.pipeline import Pipeline
 from dittune.samples.shapes import models
-from dittune.tokens import find_concepts, parse_concepts, prompt_words
+from dittune.words.tokens import find_concepts, parse_concepts, prompt_words
 
 EXAMPLES = pytest.mark.parametrize(
     "examples", [40, pytest.param(1250, marks=pytest.mark.slow)], ids=["some", "many"]

@@ -5,6 +5,7 @@ import pytest
 from dittune import HeadSet
 from dittune.call import Site
 from dittune.errors import ConfigError, SelectionError
+from dittune.heads import parse_layers
 
 SITES = [Site(i, "joint", f"blocks.{i}", 4) for i in range(3)]
 
@@ -35,3 +36,11 @@ def test_unreadable(text):
 def test_out_of_range(text, match):
     with pytest.raises(SelectionError, match=match):
         HeadSet(text).select(SITES)
+
+
+def test_layers_as_text():
+    assert parse_layers("3, 5-7,5") == (3, 5, 6, 7)
+    assert parse_layers("") == ()
+    for wrong in ("3:1", "a", "3,,4", "-2"):
+        with pytest.raises(ConfigError, match=r"layers are written like '3,5-7'"):
+            parse_layers(wrong)

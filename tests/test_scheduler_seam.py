@@ -44,7 +44,7 @@ class Shift(dittune.Method):
     by = 0.5
 
     def around_model(self, inputs, model):
-        from dittune.latent_inputs import latents_of, with_latents
+        from dittune.words.latent_inputs import latents_of, with_latents
 
         run = inputs.run
         if run.step in self.steps and run.latents is None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from dittune.attn_maps import WordMaps, otsu
-from dittune.latent_step import LatentStep
-from dittune.map_losses import retention, segregation
-from dittune.tokens import Concept, find_concepts
+from dittune.words.attn_maps import WordMaps, otsu
+from dittune.words.latent_step import LatentStep
+from dittune.words.map_losses import retention, segregation
+from dittune.words.tokens import Concept, find_concepts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from dittune.attn_maps import WordMaps, smooth
 from dittune.errors import ConfigError
-from dittune.latent_step import LatentStep
-from dittune.map_losses import neglect
-from dittune.tokens import Concept, find_concepts
+from dittune.words.attn_maps import WordMaps, smooth
+from dittune.words.latent_step import LatentStep
+from dittune.words.map_losses import neglect
+from dittune.words.tokens import Concept, find_concepts
 
 # Share of the steps at which updates are repeated, and the loss that is enough there.
 REFINEMENT = ((0.0, 0.95), (0.2, 0.5), (0.4, 0.2))

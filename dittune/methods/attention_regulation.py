@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from dittune.attn_maps import logits, parse_layers, rows_at_once, word_sites
 from dittune.call import AttnCall, Site
 from dittune.errors import ConfigError
-from dittune.map_losses import unevenness
+from dittune.heads import parse_layers
 from dittune.method import Method
 from dittune.run import ModelInputs, Run
-from dittune.tokens import (
+from dittune.words.attn_maps import logits, rows_at_once, word_sites
+from dittune.words.map_losses import unevenness
+from dittune.words.tokens import (
     Concept,
     PromptWords,
     find_concepts,

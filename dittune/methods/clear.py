@@ -15,8 +15,8 @@ from torch.nn import functional
 from dittune.call import AttnCall
 from dittune.errors import ConfigError
 from dittune.patterns import Local, Plan, TokenOrder, best_order
-from dittune.sparse import SparseMethod
-from dittune.sparse_plan import Place, image_plan
+from dittune.sparse.method import SparseMethod
+from dittune.sparse.plan import Place, image_plan
 
 
 @dataclass(frozen=True, kw_only=True)

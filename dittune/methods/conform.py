@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from dittune.attn_maps import WordMaps, smooth
 from dittune.errors import ConfigError
-from dittune.latent_step import LatentStep
-from dittune.map_losses import contrast
+from dittune.words.attn_maps import WordMaps, smooth
+from dittune.words.latent_step import LatentStep
+from dittune.words.map_losses import contrast
 
 REFINED = (0.0, 0.2, 0.4)  # shares of the steps at which updates are repeated
 

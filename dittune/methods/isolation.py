@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from dittune.call import AttnCall, Site
-from dittune.row_groups import Foreign, PicturePlan, RowGroup, row_group
-from dittune.subject_masks import Masks
-from dittune.subject_method import SubjectMethod, image_rows
+from dittune.subjects.masks import Masks
+from dittune.subjects.method import SubjectMethod, image_rows
+from dittune.subjects.row_groups import Foreign, PicturePlan, RowGroup, row_group
 
 
 @dataclass(frozen=True, kw_only=True)

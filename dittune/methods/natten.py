@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from dittune.errors import ConfigError
 from dittune.patterns import Neighborhood, Plan, best_order
-from dittune.sparse import SparseMethod
-from dittune.sparse_plan import Place, image_plan
+from dittune.sparse.method import SparseMethod
+from dittune.sparse.plan import Place, image_plan
 
 
 @dataclass(frozen=True, kw_only=True)

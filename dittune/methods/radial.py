@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from dittune.attn_maps import parse_layers
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
+from dittune.heads import parse_layers
 from dittune.kernels.block_sparse import block_sparse_attention
 from dittune.method import Method
 from dittune.patterns import (

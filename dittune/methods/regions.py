@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dittune.boxes import on_grid, parse_boxes, refuse_overlap
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
 from dittune.method import Method
-from dittune.row_groups import PicturePlan, attend_by_plans, row_group
 from dittune.run import ModelInputs
-from dittune.tokens import words_of_pictures
+from dittune.subjects.boxes import on_grid, parse_boxes, refuse_overlap
+from dittune.subjects.row_groups import PicturePlan, attend_by_plans, row_group
+from dittune.words.tokens import words_of_pictures
 
 
 @dataclass(frozen=True, kw_only=True)

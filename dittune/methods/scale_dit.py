@@ -21,8 +21,8 @@ from dittune.call import AttnCall, Role, TokenLayout
 from dittune.errors import ConfigError
 from dittune.patterns import Box, Plan, SameWindow, TokenOrder, best_order
 from dittune.run import ModelInputs, Run
-from dittune.sparse import SparseMethod
-from dittune.sparse_plan import Place, Ready, image_plan
+from dittune.sparse.method import SparseMethod
+from dittune.sparse.plan import Place, Ready, image_plan
 
 Model = Callable[[ModelInputs], torch.Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from dittune.call import TokenLayout
 from dittune.patterns import Local, Neighborhood, Pattern, Plan, TokenOrder, best_order
 from dittune.patterns.sliding_tile import SlidingTile
-from dittune.sparse_plan import Place, image_plan
+from dittune.sparse.plan import Place, image_plan
 
 
 class Shape(NamedTuple):

@@ -5,8 +5,8 @@ import torch
 
 import dittune
 from dittune import AStar
-from dittune.attn_maps import WordMaps
-from dittune.tokens import PromptWords
+from dittune.words.attn_maps import WordMaps
+from dittune.words.tokens import PromptWords
 from tests.tiny import FAMILIES, latents, sd3
 
 TWO = "a red circle and a blue square"

@@ -7,9 +7,9 @@ import torch
 
 import dittune
 from dittune import AttendAndExcite
-from dittune.attn_maps import WordMaps
 from dittune.errors import ConfigError
-from dittune.tokens import PromptWords
+from dittune.words.attn_maps import WordMaps
+from dittune.words.tokens import PromptWords
 from tests.tiny import latents, sd, sd3
 
 TWO = "a red circle and a blue square"

@@ -12,7 +12,7 @@ from dittune.errors import ConfigError
 from dittune.methods.attention_regulation import bumps, solve
 from dittune.run import Run
 from dittune.seam import _sdpa_core
-from dittune.tokens import PromptWords
+from dittune.words.tokens import PromptWords
 from tests.tiny import FAMILIES, latents, sd, sd3
 
 TWO = "a red circle and a blue square"

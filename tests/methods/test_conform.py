@@ -5,10 +5,10 @@ import torch
 
 import dittune
 from dittune import Conform
-from dittune.attn_maps import WordMaps, smooth
 from dittune.errors import ConfigError
-from dittune.map_losses import contrast
-from dittune.tokens import PromptWords
+from dittune.words.attn_maps import WordMaps, smooth
+from dittune.words.map_losses import contrast
+from dittune.words.tokens import PromptWords
 from tests.tiny import latents, sd3
 
 PAIRS = "a red circle and a blue square"

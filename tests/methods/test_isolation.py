@@ -10,7 +10,7 @@ import dittune
 from dittune.errors import ConfigError, SelectionError, UnsupportedModelError
 from dittune.methods.isolation import Isolation, reposition
 from dittune.models import facts_for, sd3
-from dittune.row_groups import attend_by_plans
+from dittune.subjects.row_groups import attend_by_plans
 from tests.test_row_groups import GRID, LAYOUTS, PICTURES, call_of, core, dense
 from tests.tiny import FAMILIES, denoiser, latents
 

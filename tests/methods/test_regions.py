@@ -7,8 +7,8 @@ import dittune
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
 from dittune.methods.regions import Regions
-from dittune.row_groups import attend_by_plans
 from dittune.run import Run
+from dittune.subjects.row_groups import attend_by_plans
 from tests.test_row_groups import core
 from tests.tiny import FAMILIES, latents
 

@@ -8,7 +8,7 @@ import dittune
 from dittune import models
 from dittune.errors import ConfigError, UnsupportedModelError
 from dittune.samples.shapes.models import build_t5_tokenizer
-from dittune.tokens import words_of_pictures
+from dittune.words.tokens import words_of_pictures
 from tests.tiny import FAMILIES, denoiser, flux, latents, sd, sd3, sdxl
 from tests.tiny_video import ALL_FAMILIES, VIDEO_FAMILIES
 

@@ -16,8 +16,8 @@ from dittune.pipelines.attention_bench.shapes import GPU_SHAPES, PATTERNS, Shape
 from dittune.pipelines.row_log import RowLog
 from dittune.run import Run
 from dittune.seam import Link, stock_attention
-from dittune.sparse import plans_of
-from dittune.sparse_plan import Place
+from dittune.sparse.method import plans_of
+from dittune.sparse.plan import Place
 
 TINY = (Shape("joint", (1, 10, 12), 5, 2, 8), Shape("video", (3, 6, 5), 0, 2, 8))
 

@@ -16,7 +16,7 @@ from dittune.pipelines.media import read_record
 from dittune.pipelines.segment import load_segmenter, shapes, write_masks
 from dittune.pipelines.story import named_in, phrase_of, with_subjects
 from dittune.samples.shapes import marks, world
-from dittune.subject_method import SubjectMethod
+from dittune.subjects.method import SubjectMethod
 
 SCENES = ["a blue square and the red circle", "a ring", "a red circle"]
 

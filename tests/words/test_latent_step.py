@@ -8,11 +8,11 @@ import torch
 
 import dittune
 from dittune.errors import ConfigError, SelectionError
-from dittune.latent_step import LatentStep
-from dittune.map_losses import segregation
 from dittune.methods.a_star import AStar
 from dittune.methods.attend_and_excite import AttendAndExcite
 from dittune.methods.conform import Conform
+from dittune.words.latent_step import LatentStep
+from dittune.words.map_losses import segregation
 from tests.tiny import FAMILIES, denoiser, flux, latents, sd, sd3
 
 TWO = "a red circle and a blue square"
@@ -193,7 +193,7 @@ def test_the_step_size_goes_down_a_root():
                     sizes.append((moved / kept[-1][1]).nanmedian().item())
                 return model(given)
 
-            from dittune.latent_inputs import latents_of
+            from dittune.words.latent_inputs import latents_of
 
             inputs.run.memory(self).given = latents_of(inputs)
             return super().around_model(inputs, watch)

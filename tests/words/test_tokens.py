@@ -7,7 +7,7 @@ import pytest
 from dittune.call import TextAxis
 from dittune.errors import ConfigError
 from dittune.samples.shapes import models
-from dittune.tokens import find_concepts, parse_concepts, prompt_words
+from dittune.words.tokens import find_concepts, parse_concepts, prompt_words
 
 CLIP = models.build_tokenizer()  # one token a word of the world, others byte by byte
 T5 = models.build_t5_tokenizer()

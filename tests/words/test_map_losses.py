@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dittune.map_losses import contrast, neglect, retention, segregation, unevenness
+from dittune.words.map_losses import contrast, neglect, retention, segregation, unevenness
 
 
 def maps(count=3, seed=0):

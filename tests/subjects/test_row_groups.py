@@ -7,8 +7,8 @@ import torch
 
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError
-from dittune.row_groups import Foreign, PicturePlan, attend_by_plans, row_group
 from dittune.run import Run
+from dittune.subjects.row_groups import Foreign, PicturePlan, attend_by_plans, row_group
 
 GRID = (1, 2, 3)
 LAYOUTS = {

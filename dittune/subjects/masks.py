@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dittune.attn_maps import otsu, smooth, word_maps
-from dittune.boxes import SIDE, parse_boxes, refuse_overlap
 from dittune.errors import ConfigError
-from dittune.tokens import PromptWords
+from dittune.subjects.boxes import SIDE, parse_boxes, refuse_overlap
+from dittune.words.attn_maps import otsu, smooth, word_maps
+from dittune.words.tokens import PromptWords
 
 Masks = list[torch.Tensor]  # of each picture: bool `[S, h, w]`, empty where a subject is not named
 

@@ -17,14 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from dittune.attn_maps import MapMean, WordMaps, parse_layers, text_maps, word_maps, word_sites
 from dittune.call import AttnCall, Site
 from dittune.errors import ConfigError
-from dittune.latent_inputs import checkpointed, frozen, latents_of, with_latents
+from dittune.heads import parse_layers
 from dittune.method import Method
 from dittune.run import ModelInputs, Run
 from dittune.scheduler_seam import takes_latents
-from dittune.tokens import Concept, find_concepts, parse_concepts, words_of_pictures
+from dittune.words.attn_maps import MapMean, WordMaps, text_maps, word_maps, word_sites
+from dittune.words.latent_inputs import checkpointed, frozen, latents_of, with_latents
+from dittune.words.tokens import Concept, find_concepts, parse_concepts, words_of_pictures
 
 
 class _LastMapSeen(Exception):

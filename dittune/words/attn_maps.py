@@ -11,7 +11,6 @@ Shape letters: `T` text tokens, `W` words or concepts, `h w` the grid of image t
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,26 +19,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dittune.call import AttnCall, Site
-from dittune.errors import ConfigError, SeamError, SelectionError
-from dittune.tokens import PromptWords
+from dittune.errors import SeamError, SelectionError
+from dittune.words.tokens import PromptWords
 
 PROBABILITIES = 2**24  # held at once while a map is computed
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """`3,5-7` as `(3, 5, 6, 7)`; "" is `()`.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    found: list[int] = []
-    for part in text.split(",") if text.strip() else ():
-        numbers = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
-        if not numbers:
-            raise ConfigError(f"layers are written like '3,5-7', got {text!r}")
-        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
-        found += range(first, last + 1)
-    return tuple(dict.fromkeys(found))
 
 
 def word_sites(available: Sequence[Site], layers: tuple[int, ...], name: str) -> list[Site]:

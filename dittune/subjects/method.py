@@ -12,15 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from dittune.attn_maps import MapMean, parse_layers, text_maps, word_sites
-from dittune.boxes import on_grid
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
+from dittune.heads import parse_layers
 from dittune.method import Method
-from dittune.row_groups import PicturePlan, attend_by_plans
 from dittune.run import ModelInputs, Run
-from dittune.subject_masks import Masks, masks_from_maps, read_masks
-from dittune.tokens import parse_concepts, words_of_pictures
+from dittune.subjects.boxes import on_grid
+from dittune.subjects.masks import Masks, masks_from_maps, read_masks
+from dittune.subjects.row_groups import PicturePlan, attend_by_plans
+from dittune.words.attn_maps import MapMean, text_maps, word_sites
+from dittune.words.tokens import parse_concepts, words_of_pictures
 
 SEED = 411  # of the tokens that are kept
 

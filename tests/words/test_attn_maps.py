@@ -5,22 +5,21 @@ import math
 import pytest
 import torch
 
-from dittune import attn_maps
-from dittune.attn_maps import (
+from dittune.call import AttnCall, Site, TokenLayout
+from dittune.errors import SeamError, SelectionError
+from dittune.run import Run
+from dittune.words import attn_maps
+from dittune.words.attn_maps import (
     MapMean,
     WordMaps,
     otsu,
-    parse_layers,
     smooth,
     text_maps,
     word_maps,
     word_sites,
 )
-from dittune.call import AttnCall, Site, TokenLayout
-from dittune.errors import ConfigError, SeamError, SelectionError
-from dittune.map_losses import soft_ios
-from dittune.run import Run
-from dittune.tokens import PromptWords
+from dittune.words.map_losses import soft_ios
+from dittune.words.tokens import PromptWords
 
 GRID = (1, 3, 5)
 LAYOUTS = {
@@ -145,14 +144,6 @@ def test_sites_that_cannot_be_had():
         word_sites(cross, (1, 3), "a_star")
     with pytest.raises(SelectionError, match=r"one resolution, got 0 at stage 1, 1 at stage 2"):
         word_sites(cross, (0, 1), "a_star")
-
-
-def test_layers_as_text():
-    assert parse_layers("3, 5-7,5") == (3, 5, 6, 7)
-    assert parse_layers("") == ()
-    for wrong in ("3:1", "a", "3,,4", "-2"):
-        with pytest.raises(ConfigError, match=r"layers are written like '3,5-7'"):
-            parse_layers(wrong)
 
 
 WORDS = PromptWords((1, 2, 4), (((1,), (2, 4)),))

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dittune.boxes import Box, on_grid, parse_boxes, refuse_overlap
 from dittune.errors import ConfigError
-from dittune.subject_masks import mask_file, masks_from_maps, read_masks
-from dittune.tokens import PromptWords
+from dittune.subjects.boxes import Box, on_grid, parse_boxes, refuse_overlap
+from dittune.subjects.masks import mask_file, masks_from_maps, read_masks
+from dittune.words.tokens import PromptWords
 
 SUBJECTS = ("red circle", "blue square")
 NAMED = [[True, False], [False, True], [True, True]]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import dittune
-from dittune import sparse
 from dittune.errors import ConfigError, SelectionError
 from dittune.method import Method
 from dittune.methods.merge_padding import MergePadding
+from dittune.sparse import method as sparse
 from tests.tiny import FAMILIES, denoiser, flux, latents, sd3
 
 WIDE = {"height": 24, "width": 40}  # 3 x 5 tokens: neither square nor divisible

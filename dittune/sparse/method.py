@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from dittune.attn_maps import parse_layers
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
+from dittune.heads import parse_layers
 from dittune.method import Method
 from dittune.patterns import Plan
 from dittune.run import ModelInputs, Run
-from dittune.sparse_plan import Place, Ready
+from dittune.sparse.plan import Place, Ready
 
 BACKENDS = ("auto", "dense", "triton", "flex", "cpu", "reference")
 GEOMETRIES = 8  # plans kept for one method and kind of site

@@ -1,0 +1,1 @@
+"""What methods of sparse attention share: the method, and plans in place."""

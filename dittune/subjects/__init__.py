@@ -1,0 +1,1 @@
+"""Several subjects: where each one is, and which rows may see which."""
