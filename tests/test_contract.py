@@ -67,7 +67,7 @@ ACTIVE = {
 
 
 # The others read or change what only pictures have.
-FAMILIES_OF = {"softpag": ALL_FAMILIES, "radial": VIDEO_FAMILIES}
+FAMILIES_OF = {"softpag": ALL_FAMILIES, "natten": ALL_FAMILIES, "radial": VIDEO_FAMILIES}
 
 
 def cases(table):

@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from dittune.call import AttnCall, TokenLayout
 from dittune.kernels.block_sparse import block_sparse_attention, merge_attention
-from dittune.patterns import Pattern, Plan, Segment, Sequence, TokenOrder, make_plan, text_segment
+from dittune.kernels.block_sparse.lists import unpack
+from dittune.kernels.block_sparse.reference import dense_mask
+from dittune.patterns import BlockRule, Pattern, Plan, Segment, Sequence, TokenOrder, make_plan
 
 MASK_TOKENS = 4096  # `auto` makes a mask of tokens x tokens up to here
 
@@ -60,9 +62,10 @@ class Ready:
         self.backend = _choose(plan, place, backend)
         self.mask, self.lists, self.order = None, None, (None, None)
         if self.backend == "dense":
-            self.mask = plan.dense_mask().to(place.device)
+            self.mask = self._mask().to(place.device)
         elif self.backend != "plain":
-            self.lists = plan.to(place.device).tensors
+            self.plan = plan.to(place.device)
+            self.lists = self.plan.tensors
             both = plan.queries.permutation, plan.keys.permutation
             self.order = tuple(p and p.to(place.device) for p in both)
 
@@ -80,14 +83,37 @@ class Ready:
             "block_density": stats.block_density,
         }
 
-    def __call__(self, call: AttnCall, scale: float | None) -> torch.Tensor:
-        """Attention under the plan, `[B, H, Sq, D]`, tokens in the model's order."""
-        last = call.layout.text[1] - 1
+    def _mask(self) -> torch.Tensor:
+        """Whatever the plan is made of, its blocks say which slots attend."""
+        plan = self.plan
+        task = unpack(plan.tensors, self.block, self.rule, 1.0)
+        mask = dense_mask(task, plan.queries.slots, plan.keys.slots)[0, 0]
+        for axis, sequence in enumerate((plan.queries, plan.keys)):
+            if sequence.permutation is not None:
+                mask = sequence.permutation.unpermute(mask, axis)
+        return mask
+
+    def __call__(
+        self, call: AttnCall, scale: float | None, real_text: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention under the plan, `[B, H, Sq, D]`, tokens in the model's order.
+
+        `real_text`, int `[B]`, is how many text tokens are no padding; None is all.
+        """
+        last, lists = call.layout.text[1] - 1, self.lists
+        if real_text is not None and lists is not None:
+            name = "after" if call.layout.image[0] == 0 else "before"
+            lists = {**lists, "key_count": self.plan.key_count({name: real_text})}
         if self.backend == "dense":
             mask = self.mask
+            if real_text is not None:
+                hidden = call.options["attn_mask"]
+                mask = mask & functional.pad(
+                    hidden, (0, mask.shape[1] - hidden.shape[-1]), value=True
+                )
             if call.repeats > 1:
                 mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, -math.inf)
-                mask[:, last] += math.log(call.repeats)
+                mask[..., last] += math.log(call.repeats)
             return functional.scaled_dot_product_attention(
                 call.query, call.key, call.value, attn_mask=mask, scale=scale
             )
@@ -98,7 +124,7 @@ class Ready:
             )
         )
         out, lse = block_sparse_attention(
-            query, key, value, self.lists, self.block, self.rule, scale, self.backend
+            query, key, value, lists, self.block, self.rule, scale, self.backend
         )
         if self.order[0] is not None:
             out = self.order[0].unpermute(out)
@@ -114,9 +140,10 @@ class Ready:
 
 def image_plan(
     place: Place,
-    pattern: Pattern,
+    pattern: Pattern | BlockRule | bool,
     order: TokenOrder,
     coarse: dict[str, tuple[TokenOrder, Pattern | bool]] | None = None,
+    block: int | None = None,
 ) -> Plan:
     """The plan of a sequence in which only the image tokens are choosy.
 
@@ -126,11 +153,12 @@ def image_plan(
         order: of the image tokens.
         coarse: further keys, behind those of the model: their order, and which of them an image
             token sees. Other tokens do not see them.
+        block: tokens of a block's side; None is what suits the device.
     """
     first, last = place.layout.image
     ends = {"before": first, "after": place.tokens - last}
-    parts = {name: text_segment(count) for name, count in ends.items() if count}
-    parts = {name: Segment(name, part.order) for name, part in parts.items()}
+    parts = {name: Segment(name, TokenOrder((1, 1, count)), place.layout.is_masked)
+             for name, count in ends.items() if count}  # fmt: skip
     image = Segment("image", order)
     own = [parts[n] if n != "image" else image for n in ("before", "image", "after")
            if n == "image" or n in parts]  # fmt: skip
@@ -140,8 +168,9 @@ def image_plan(
     for name, (its_order, rule) in (coarse or {}).items():
         keys.append(Segment(name, its_order))
         rules |= {(part, name): False for part in parts} | {("image", name): rule}
-    sequences = [Sequence(tuple(each), place.block) for each in (own, keys)]
-    return make_plan(*sequences, rules, (place.block, place.block))
+    block = place.block if block is None else block
+    sequences = [Sequence(tuple(each), block) for each in (own, keys)]
+    return make_plan(*sequences, rules, (block, block))
 
 
 def _choose(plan: Plan, place: Place, backend: str) -> str:

@@ -217,3 +217,11 @@ def test_counting_by_axis_equals_counting_pairs(grid):
 
 def test_small_grids_stay_row_major():
     assert best_order(Local(2), (1, 8, 8), 128) == TokenOrder((1, 8, 8))
+
+
+def test_a_grid_that_fills_no_block_well_has_the_fullest_tiles():
+    """Video of 3 x 4 x 6 tokens: sides that divide it make 48 of 64 tokens at most."""
+    pattern = Neighborhood((3, 4, 6), (2, 3, 3))
+    tile = best_tile(pattern, (3, 4, 6), 64)
+    assert tile[0] * tile[1] * tile[2] == 48
+    assert best_order(pattern, (3, 4, 6), 64).tile == tile
