@@ -131,11 +131,18 @@ class Ready:
         if call.repeats == 1:
             return out
         lse = lse if self.order[0] is None else self.order[0].unpermute(lse, -1)
-        # The further copies of that key are a set of keys of their own, with one value.
-        scale = call.query.shape[-1] ** -0.5 if scale is None else scale
-        again = (call.query @ call.key[:, :, last, :, None])[..., 0].to(lse.dtype) * scale
-        same = call.value[:, :, last : last + 1].expand_as(out)
-        return merge_attention([out, same], [lse, again + math.log(call.repeats - 1)])[0]
+        return count_again(out, lse, call, scale)
+
+
+def count_again(
+    out: torch.Tensor, lse: torch.Tensor, call: AttnCall, scale: float | None
+) -> torch.Tensor:
+    """Adds the further copies of the last text token, which all see, to attention without them."""
+    last = call.layout.text[1] - 1
+    scale = call.query.shape[-1] ** -0.5 if scale is None else scale
+    again = (call.query @ call.key[:, :, last, :, None])[..., 0].to(lse.dtype) * scale
+    same = call.value[:, :, last : last + 1].expand_as(out)
+    return merge_attention([out, same], [lse, again + math.log(call.repeats - 1)])[0]
 
 
 def image_plan(
