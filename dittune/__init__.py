@@ -38,6 +38,7 @@ _LAZY = {
     "ScaleDiT": "dittune.methods.scale_dit",
     "SoftPAG": "dittune.methods.softpag",
     "SoftPAGGuidance": "dittune.guider",
+    "SparseD": "dittune.methods.sparsed",
     "Vmoba": "dittune.methods.vmoba",
 }
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "SharedAttention",
     "SoftPAG",
     "SoftPAGGuidance",
+    "SparseD",
     "Vmoba",
     "__version__",
     "attach",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from dittune.methods.scale_dit import ScaleDiT
     from dittune.methods.shared_attention import SharedAttention
     from dittune.methods.softpag import SoftPAG
+    from dittune.methods.sparsed import SparseD
     from dittune.methods.vmoba import Vmoba
     from dittune.models import available_models
     from dittune.pipelines.pipeline import Pipeline

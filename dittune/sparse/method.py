@@ -18,7 +18,7 @@ from dittune.errors import ConfigError
 from dittune.patterns import Plan
 from dittune.run import ModelInputs, Run
 from dittune.sparse.core import Built, Core, CoreMethod, built_by, key_of
-from dittune.sparse.plan import Place, Ready
+from dittune.sparse.plan import Place, Ready, choose_backend
 
 BACKENDS = ("auto", "dense", "triton", "flex", "cpu", "reference")
 
@@ -82,7 +82,8 @@ class SparseMethod(CoreMethod):
 
     def ready(self, place: Place) -> Ready:
         """The plan of one place, on its device."""
-        return Ready(self.plan(place), place, self.backend)
+        plan = self.plan(place)
+        return Ready(plan, place, choose_backend(plan, place, self.backend))
 
     def core(self, stock: Core, state: Built, call: AttnCall) -> torch.Tensor:
         ready: Ready = state.at[key_of(call.layout)]

@@ -50,8 +50,8 @@ class Ready:
     """A plan on its device, and how to run it.
 
     Attributes:
-        backend: `plain` (the plan is dense), `dense` (under a mask), or a kernel's name.
-        mask: bool `[Sq, Skv]` in the model's order, for `dense`.
+        backend: `plain` (the model's own core will do), `dense` (under a mask), or a kernel's name.
+        mask: bool `[1 or H, Sq, Skv]` in the model's order, for `dense`.
         lists: what the kernel takes.
         order: from the model's order to the plan's, for queries and for keys; None changes nothing.
     """
@@ -59,7 +59,7 @@ class Ready:
     def __init__(self, plan: Plan, place: Place, backend: str):
         self.plan, self.place = plan, place
         self.block, self.rule = plan.block, plan.rule
-        self.backend = _choose(plan, place, backend)
+        self.backend = backend
         self.mask, self.lists, self.order = None, None, (None, None)
         if self.backend == "dense":
             self.mask = self._mask().to(place.device)
@@ -87,8 +87,8 @@ class Ready:
         """Whatever the plan is made of, its blocks say which slots attend."""
         plan = self.plan
         task = unpack(plan.tensors, self.block, self.rule, 1.0)
-        mask = dense_mask(task, plan.queries.slots, plan.keys.slots)[0, 0]
-        for axis, sequence in enumerate((plan.queries, plan.keys)):
+        mask = dense_mask(task, plan.queries.slots, plan.keys.slots)[0]
+        for axis, sequence in ((-2, plan.queries), (-1, plan.keys)):
             if sequence.permutation is not None:
                 mask = sequence.permutation.unpermute(mask, axis)
         return mask
@@ -109,7 +109,7 @@ class Ready:
             if real_text is not None:
                 hidden = call.options["attn_mask"]
                 mask = mask & functional.pad(
-                    hidden, (0, mask.shape[1] - hidden.shape[-1]), value=True
+                    hidden, (0, mask.shape[-1] - hidden.shape[-1]), value=True
                 )
             if call.repeats > 1:
                 mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, -math.inf)
@@ -180,7 +180,8 @@ def image_plan(
     return make_plan(*sequences, rules, (block, block))
 
 
-def _choose(plan: Plan, place: Place, backend: str) -> str:
+def choose_backend(plan: Plan, place: Place, backend: str) -> str:
+    """What to run a plan of one pattern with: `plain` if it is dense, and what `auto` means."""
     (layout,), (block_q, block_k) = plan.layouts, plan.block
     if layout.sure == plan.queries.tokens * plan.keys.tokens == place.tokens**2:
         return "plain"
