@@ -66,7 +66,7 @@ ACTIVE = {
         {"start": 0.0, "chunks": "3x2x2", "select": "head", "keep": 0.4},
     ],
     "sparsed": [{"start": 0.0, "keep": 0.1, "block": 2}],
-    "natten": [{"window": 2}, {"window": 3, "stride": 2, "start": 0.5}],
+    "natten": [{"window": 2}, {"window": 3, "stride": 2, "frames": 2, "start": 0.5}],
     "clear": [{"radius": 1.5}, {"radius": 1.1, "pooled": 2, "base_tokens": 9}],
     "scale_dit": [{"window": 2, "factor": 2}, {"window": 4, "factor": 2, "guide": False}],
     "merge_padding": [],  # never changes the picture, only what it costs
@@ -77,7 +77,8 @@ ACTIVE = {
 FAMILIES_OF = {
     "softpag": ALL_FAMILIES,
     "natten": ALL_FAMILIES,
-    "sparsed": ALL_FAMILIES,
+    # Of two steps, either denoiser of Wan 2.2 makes one, at which it measures.
+    "sparsed": {name: build for name, build in ALL_FAMILIES.items() if name != "wan2.2"},
     "radial": VIDEO_FAMILIES,
     "vmoba": VIDEO_FAMILIES,
 }

@@ -133,7 +133,7 @@ class SparseD(CoreMethod):
     @torch.compiler.disable
     def core(self, stock: Core, state: Built, call: AttnCall) -> torch.Tensor:
         memory, frame = call.run.memory(self), state.at[key_of(call.layout)]
-        if call.query.shape[1] != frame.place.heads:
+        if call.query.shape[1] != call.site.heads:
             raise ConfigError(
                 "sparsed: another method computes some heads apart, whose patterns cannot be told"
             )

@@ -8,7 +8,7 @@ import torch
 import dittune
 from dittune.method import Method
 from tests.tiny import latents
-from tests.tiny_video import cogvideox, hunyuan_video, ltx, wan
+from tests.tiny_video import cogvideox, hunyuan_video, ltx, mochi, wan
 
 
 class Explicit(Method):
@@ -56,6 +56,7 @@ SIZES = {  # 3 frames of 3 x 5 tokens, neither square nor divisible; one frame
     hunyuan_video: ({"num_frames": 9, "height": 48, "width": 80}, {"num_frames": 1}),
     cogvideox: ({"num_frames": 9, "height": 48, "width": 80}, {"num_frames": 1}),
     ltx: ({"num_frames": 9, "height": 32, "width": 32}, {"num_frames": 1}),
+    mochi: ({"num_frames": 13, "height": 48, "width": 80}, {"num_frames": 1}),
 }
 PROMPTS = ["a red circle", "a large red circle moving up"]  # padding differs in each row
 
