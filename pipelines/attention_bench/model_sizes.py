@@ -74,4 +74,4 @@ GPU_SIZES = (
     wan("wan-14b-720p", 40, 13824, 40, (21, 90, 160)),
     hunyuan("hunyuan-720p", (33, 90, 160)),
 )
-CPU_SIZES = (wan("wan-narrow", 2, 1536, 30, (5, 30, 52)),)  # heads of true size, but few
+CPU_SIZES = (wan("wan-narrow", 2, 1536, 30, (3, 30, 52)),)  # heads of true size, but few
