@@ -38,6 +38,8 @@ _LAZY = {
     "ScaleDiT": "dittune.methods.scale_dit",
     "SoftPAG": "dittune.methods.softpag",
     "SoftPAGGuidance": "dittune.guider",
+    "SparseD": "dittune.methods.sparsed",
+    "Vmoba": "dittune.methods.vmoba",
 }
 __all__ = [
     "AStar",
@@ -58,6 +60,8 @@ __all__ = [
     "SharedAttention",
     "SoftPAG",
     "SoftPAGGuidance",
+    "SparseD",
+    "Vmoba",
     "__version__",
     "attach",
     "available_checkpoints",
@@ -83,6 +87,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from dittune.methods.scale_dit import ScaleDiT
     from dittune.methods.shared_attention import SharedAttention
     from dittune.methods.softpag import SoftPAG
+    from dittune.methods.sparsed import SparseD
+    from dittune.methods.vmoba import Vmoba
     from dittune.models import available_models
     from dittune.pipelines.pipeline import Pipeline
 else:

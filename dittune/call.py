@@ -48,12 +48,14 @@ class TokenLayout(NamedTuple):
         text: first and one-past-last text token; equal where there is no text.
         grid: image tokens as `(frames, height, width)`, slow to fast.
         references: tokens of reference pictures, behind all others.
+        is_masked: the model hides the padding at the end of the text; then there are no references.
     """
 
     image: tuple[int, int]
     text: tuple[int, int]
     grid: tuple[int, int, int]
     references: int = 0
+    is_masked: bool = False
 
 
 class TextAxis(NamedTuple):

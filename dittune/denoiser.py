@@ -103,7 +103,7 @@ class AttachedModel:
 
         def model(inputs: ModelInputs) -> torch.Tensor:
             run.roles = inputs.roles
-            run.layouts = self.facts.layouts(self.inner, inputs.kwargs)
+            run.expect(self.facts, self.inner, inputs.kwargs)
             # Some denoisers empty the lists they are given; a second call needs them again.
             given = {k: list(v) if type(v) is list else v for k, v in inputs.kwargs.items()}
             raw[:] = [stock_call(self.model, **given)]

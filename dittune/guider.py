@@ -183,7 +183,7 @@ class _PerturbedPass:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = self.signature.bind(self.inner, *args, **kwargs).arguments
-        self.run.layouts = self.facts.layouts(self.inner, inputs)
+        self.run.expect(self.facts, self.inner, inputs)
         device = inputs[self.facts.BATCHED[0]].device
         if device == self.device:
             return

@@ -29,6 +29,8 @@ class Run:
         calls: number of denoiser calls the pipeline has made in this step.
         roles: what the chunks of the current batch are.
         layouts: token layout of the current denoiser call, by kind and stage of site.
+        rows_apart: rows of the current batch where the model attends one at a time; else 0.
+        rows_done: how many of them each site, by name, has attended.
         host: what it runs on, known from the first denoiser call on.
         prompts: the prompt of each picture, by pipeline argument (`prompt`, `prompt_2`, ...); empty
             if the pipeline was given none.
@@ -45,6 +47,8 @@ class Run:
         self.calls = 0
         self.roles: tuple[Role, ...] = ()
         self.layouts: dict[tuple[str, int], TokenLayout] = {}
+        self.rows_apart = 0
+        self.rows_done: dict[str, int] = {}
         self.host: Host | None = None
         self.prompts: dict[str, list[str]] = {}
         self.latents: torch.Tensor | None = None
@@ -56,6 +60,12 @@ class Run:
     def progress(self) -> float:
         """Share of the steps that are done, in [0, 1)."""
         return self.step / max(self.num_steps, 1)
+
+    def expect(self, facts: ModuleType, model: Any, kwargs: dict[str, Any]) -> None:
+        """Get ready for one denoiser call."""
+        self.layouts = facts.layouts(model, kwargs)
+        if getattr(facts, "ROWS_APART", False):
+            self.rows_apart, self.rows_done = len(kwargs[facts.BATCHED[0]]), {}
 
     def memory(self, method: object) -> SimpleNamespace:
         """What a method wants to remember until the end of this generation."""

@@ -24,6 +24,7 @@ from torch.nn import functional
 from dittune.call import AttnCall, Site
 from dittune.errors import UnsupportedModelError
 from dittune.method import Method
+from dittune.padded_row import padded_row
 from dittune.run import Run
 
 DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
@@ -75,6 +76,10 @@ class InstalledSite:
     def attend(self, core: Callable, query, key, value, options: dict[str, Any]) -> torch.Tensor:
         run = self.run
         layout = run.layouts[self.site.kind, self.site.stage]
+        if run.rows_apart:
+            self.fired = True
+            given = AttnCall(query, key, value, options, (), layout, self.site, None, core, run)
+            return self.chain(padded_row(given))[:, :, : query.shape[2]]
         call = AttnCall(query, key, value, options, run.roles, layout, self.site, None, core, run)
         if self.site.kind == "cross" and key.shape[2] != layout.text[1]:
             return core(call)  # not to the text: the image branch of Wan

@@ -83,3 +83,18 @@ def bench_attention(
 
     result = bench.bench_attention(cpu, only, rounds, out)
     emit(result) if as_json else print(bench.as_text(result))
+
+
+@bench_app.command("model")
+def bench_model(
+    cpu: Annotated[bool, typer.Option("--cpu", help="a size for a CPU")] = False,
+    only: Annotated[str, typer.Option(help="part of SIZE/METHOD")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="timed steps of each method")] = 5,
+    out: Annotated[Path, typer.Option(help="folder of model.csv")] = Path("outputs/attention"),
+    as_json: Json = False,
+) -> None:
+    """Steps of whole video models with sparse attention against dense, and attention's share."""
+    from dittune.pipelines.attention_bench import model_bench
+
+    result = model_bench.bench_model(cpu, only, rounds, out)
+    emit(result) if as_json else print(model_bench.as_text(result))

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "dittune/heads.py": {"call", "errors"},
     "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
     "dittune/perturbation.py": {"call", "kernels"},
-    "dittune/seam.py": {"call", "errors", "method", "run"},
+    "dittune/padded_row.py": {"call"},
+    "dittune/seam.py": {"call", "errors", "method", "padded_row", "run"},
     "dittune/denoiser.py": {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
     },

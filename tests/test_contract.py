@@ -32,6 +32,8 @@ NEUTRAL = {
     ],
     "regions": [{}, {"regions": "0,0,1,1: red circle", "scale": 0.0}, {"start": 0.1, "stop": 0.1}],
     "radial": [{"start": 0.5, "stop": 0.5}],
+    "vmoba": [{"keep": 1.0}, {"chunks": "1x1x1", "start": 0.0}, {"start": 0.5, "stop": 0.5}],
+    "sparsed": [{"keep": 1.0}, {"start": 0.5, "stop": 0.5}],
     "natten": [{"window": 99}, {"window": 3, "stop": 0.0}],
     "clear": [{"radius": 99.0}, {"radius": 2.0, "start": 1.0}],
     "scale_dit": [{"window": 64, "guide": False}, {"start": 0.5, "stop": 0.5}],
@@ -59,7 +61,12 @@ ACTIVE = {
     ],
     "regions": [{"regions": "0,0,0.5,1: red circle"}, {"regions": "0,0,1,1: circle", "scale": 2.0}],
     "radial": [{"start": 0.0, "dense_layers": "", "block": 4, "sink": False}],
-    "natten": [{"window": 2}, {"window": 3, "stride": 2, "start": 0.5}],
+    "vmoba": [
+        {"start": 0.0, "chunks": "1x2x2, 3x1x1"},
+        {"start": 0.0, "chunks": "3x2x2", "select": "head", "keep": 0.4},
+    ],
+    "sparsed": [{"start": 0.0, "keep": 0.1, "block": 2}],
+    "natten": [{"window": 2}, {"window": 3, "stride": 2, "frames": 2, "start": 0.5}],
     "clear": [{"radius": 1.5}, {"radius": 1.1, "pooled": 2, "base_tokens": 9}],
     "scale_dit": [{"window": 2, "factor": 2}, {"window": 4, "factor": 2, "guide": False}],
     "merge_padding": [],  # never changes the picture, only what it costs
@@ -67,7 +74,14 @@ ACTIVE = {
 
 
 # The others read or change what only pictures have.
-FAMILIES_OF = {"softpag": ALL_FAMILIES, "radial": VIDEO_FAMILIES}
+FAMILIES_OF = {
+    "softpag": ALL_FAMILIES,
+    "natten": ALL_FAMILIES,
+    # Of two steps, either denoiser of Wan 2.2 makes one, at which it measures.
+    "sparsed": {name: build for name, build in ALL_FAMILIES.items() if name != "wan2.2"},
+    "radial": VIDEO_FAMILIES,
+    "vmoba": VIDEO_FAMILIES,
+}
 
 
 def cases(table):

@@ -33,7 +33,8 @@ def test_sites_are_in_execution_order(family):
 
     class Watch(Method):
         def attend(self, call, proceed):
-            seen.append((call.site.kind, call.site.layer, call.site.name))
+            if call.run.step == 0:  # Mochi makes another
+                seen.append((call.site.kind, call.site.layer, call.site.name))
             return proceed(call)
 
     order = []
@@ -43,7 +44,7 @@ def test_sites_are_in_execution_order(family):
             module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
     with dittune.attach(pipe, Watch()):
         latents(pipe, steps=1, guidance_scale=1.0)  # so that none makes a second call
-    assert [name for _, _, name in seen] == order
+    assert [name for _, _, name in seen] == order[: len(seen)]
     for kind in {kind for kind, _, _ in seen}:
         layers = [layer for k, layer, _ in seen if k == kind]
         assert layers == list(range(len(layers)))

@@ -187,7 +187,10 @@ def latents(pipe, prompt="a red circle", seed=0, steps=2, **kwargs) -> torch.Ten
     count *= kwargs.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     parameters = inspect.signature(pipe.__call__).parameters
-    own = {"height": 32, "width": 32, "max_sequence_length": 8, "num_frames": 9}
+    frames = 9  # 3 of latents
+    if hasattr(pipe, "vae_temporal_scale_factor"):  # Mochi, which cannot make one step
+        frames, steps = 13, max(2, steps)
+    own = {"height": 32, "width": 32, "max_sequence_length": 8, "num_frames": frames}
     own["prompt_template"] = {"template": "{}", "crop_start": 0}  # of HunyuanVideo
     settings = {**{name: own[name] for name in own if name in parameters}, **kwargs}
     output = pipe(

@@ -18,34 +18,41 @@ from dittune.sparse.plan import Place, image_plan
 class Natten(SparseMethod):
     """Windows of image tokens; without training, for pictures larger than a model was made for.
 
+    In a video windows are boxes of frames, rows and columns; the published one for HunyuanVideo at
+    720p has `frames=18, window=24`.
+
     On an axis with fewer tokens than the window (a deep stage of a UNet) all of them are seen.
 
     Args:
         window: tokens of a window's side.
+        frames: latent frames of a window in a video; 0 is as many as `window`.
         stride: so many tokens in a row share a window; of the size of the window, the picture falls
             into separate windows. Multiples of 8 spare work: whole blocks stay without a mask.
         dilation: only every so many tokens are seen, in a window that many times as wide.
 
     Raises:
-        ConfigError: not `1 <= stride <= window`, or a dilation below 1.
+        ConfigError: not `1 <= stride <= window`, a dilation below 1, or less than no frames.
     """
 
     window: int = 16
+    frames: int = 0
     stride: int = 1
     dilation: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.stride <= self.window or self.dilation < 1:
+        if not 1 <= self.stride <= self.window or self.dilation < 1 or self.frames < 0:
             raise ConfigError(
-                "natten: 1 <= stride <= window and 1 <= dilation, got window "
-                f"{self.window}, stride {self.stride}, dilation {self.dilation}"
+                "natten: 1 <= stride <= window, 1 <= dilation and 0 <= frames, got window "
+                f"{self.window}, stride {self.stride}, dilation {self.dilation}, "
+                f"frames {self.frames}"
             )
 
     def plan(self, place: Place) -> Plan:
         grid = place.layout.grid
         dilation = tuple(min(self.dilation, size) for size in grid)
-        window = tuple(min(self.window, size // d) for size, d in zip(grid, dilation, strict=True))
+        sides = self.frames or self.window, self.window, self.window
+        window = tuple(min(side, n // d) for side, n, d in zip(sides, grid, dilation, strict=True))
         stride = tuple(min(self.stride, size) for size in window)
         pattern = Neighborhood(grid, window, stride, dilation)
         return image_plan(place, pattern, best_order(pattern, grid, place.block))

@@ -22,7 +22,7 @@ from dittune.errors import ConfigError
 from dittune.patterns import Box, Plan, SameWindow, TokenOrder, best_order
 from dittune.run import ModelInputs, Run
 from dittune.sparse.method import SparseMethod
-from dittune.sparse.plan import Place, Ready, image_plan
+from dittune.sparse.plan import Place, Ready, choose_backend, image_plan
 
 Model = Callable[[ModelInputs], torch.Tensor]
 
@@ -197,7 +197,8 @@ def _near(grid: tuple[int, int, int], heads: int, device: torch.device, backend:
     tokens = grid[1] * grid[2]
     place = Place(TokenLayout((0, tokens), (tokens, tokens), grid), heads, device)
     pattern = Box(grid, (0, GUIDE_REACH, GUIDE_REACH))
-    return Ready(image_plan(place, pattern, best_order(pattern, grid, place.block)), place, backend)
+    plan = image_plan(place, pattern, best_order(pattern, grid, place.block))
+    return Ready(plan, place, choose_backend(plan, place, backend))
 
 
 def _grid(inputs: ModelInputs) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[tuple[str, int], T
     grid = (frames // model.config.patch_size_t, height // patch, width // patch)
     video = grid[0] * grid[1] * grid[2]
     end = video + kwargs["encoder_hidden_states"].shape[1]
-    return {("joint", 0): TokenLayout((0, video), (video, end), grid)}
+    return {("joint", 0): TokenLayout((0, video), (video, end), grid, is_masked=True)}
 
 
 def latents(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -7,6 +7,7 @@ Differs: frames need not be whole blocks, where the repository raises or drops r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -110,13 +111,35 @@ class RadialBlocks(BlockRule):
             raise ConfigError(f"radial blocks are square, got {query_size} x {key_size}")
         return _kept(self.pattern, query_size)
 
+    def count(self, block: int) -> int:
+        """How many blocks of a side are kept, without a matrix of all of them."""
+        total, row_before, before = 0, -1, torch.zeros(0, dtype=torch.bool)
+        for row, strip in _strips(self.pattern, block):
+            if row == row_before:  # the last row of a frame may hold the next one's first tokens
+                strip[0] |= before
+            else:
+                total += int(before.sum())
+            total += int(strip[:-1].sum())
+            row_before, before = row + len(strip) - 1, strip[-1]
+        return total + int(before.sum())
+
 
 @lru_cache(maxsize=16)
 def _kept(pattern: Radial, block: int) -> torch.Tensor:
+    blocks = -(-pattern.grid[0] * pattern.per_frame // block)
+    kept = torch.zeros(blocks, blocks, dtype=torch.bool)
+    for row, strip in _strips(pattern, block):
+        kept[row : row + len(strip)] |= strip
+    return kept
+
+
+def _strips(pattern: Radial, block: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """For each frame its first row of blocks, and what its queries keep, bool `[rows, blocks]`."""
     frames, size, reach = pattern.grid[0], pattern.per_frame, pattern.reach().tolist()
     blocks = -(-frames * size // block)
-    kept = torch.zeros(blocks, blocks, dtype=torch.bool)
     for i in range(frames):
+        row = i * size // block
+        strip = torch.zeros(-(-(i + 1) * size // block) - row, blocks, dtype=torch.bool)
         for j in range(frames):
             band = size if pattern.sink and j == 0 else reach[abs(i - j)]
             if band < 0:
@@ -124,9 +147,9 @@ def _kept(pattern: Radial, block: int) -> torch.Tensor:
             # The last block of the video may be short: its columns are filled by fewer rows.
             rest = frames * size % block if i == frames - 1 else 0
             part = _pair_blocks(size, band, i * size % block, j * size % block, block, rest)
-            row, column = i * size // block, j * size // block
-            kept[row : row + part.shape[0], column : column + part.shape[1]] |= part
-    return kept
+            column = j * size // block
+            strip[:, column : column + part.shape[1]] |= part
+        yield row, strip
 
 
 @lru_cache(maxsize=4096)

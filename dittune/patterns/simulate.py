@@ -5,13 +5,13 @@ Source: the analytical model described in "Generalized Neighborhood Attention" (
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
 import torch
 
-from dittune.errors import ConfigError
 from dittune.patterns.algebra import AxisPattern, Boxes, Pattern, rectangles
 from dittune.patterns.grid import Grid, TokenOrder, coordinates
 
@@ -115,18 +115,16 @@ def best_tile(pattern: Pattern, grid: Grid, block: int = 128) -> Grid:
     """The tile of at most `block` tokens with which a kernel computes least.
 
     Tried are sides that divide the grid and powers of two, with tiles that fill a block to more
-    than three quarters; padding counts as work. Among equals, the most compact tile.
-
-    Raises:
-        ConfigError: the grid has too few tokens to fill a block that far.
+    than three quarters, or as far as any does; padding counts as work. Among equals, the most
+    compact tile.
     """
     sides = [
         [n for n in range(1, min(size, block) + 1) if size % n == 0 or n & (n - 1) == 0]
         for size in grid
     ]
-    tiles = [t for t in product(*sides) if 3 * block < 4 * t[0] * t[1] * t[2] <= 4 * block]
-    if not tiles:
-        raise ConfigError(f"no tile of {grid} fills a block of {block}; use smaller blocks")
+    tiles = [tile for tile in product(*sides) if math.prod(tile) <= block]
+    least = min(3 * block // 4 + 1, max(map(math.prod, tiles)))
+    tiles = [tile for tile in tiles if math.prod(tile) >= least]
     return min(
         tiles, key=lambda tile: (tile_cost(pattern, grid, tile, block=block).work, sum(tile))
     )

@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from dittune.call import AttnCall, TokenLayout
 from dittune.kernels.block_sparse import block_sparse_attention, merge_attention
-from dittune.patterns import Pattern, Plan, Segment, Sequence, TokenOrder, make_plan, text_segment
+from dittune.kernels.block_sparse.lists import unpack
+from dittune.kernels.block_sparse.reference import dense_mask
+from dittune.patterns import BlockRule, Pattern, Plan, Segment, Sequence, TokenOrder, make_plan
 
 MASK_TOKENS = 4096  # `auto` makes a mask of tokens x tokens up to here
 
@@ -48,8 +50,8 @@ class Ready:
     """A plan on its device, and how to run it.
 
     Attributes:
-        backend: `plain` (the plan is dense), `dense` (under a mask), or a kernel's name.
-        mask: bool `[Sq, Skv]` in the model's order, for `dense`.
+        backend: `plain` (the model's own core will do), `dense` (under a mask), or a kernel's name.
+        mask: bool `[1 or H, Sq, Skv]` in the model's order, for `dense`.
         lists: what the kernel takes.
         order: from the model's order to the plan's, for queries and for keys; None changes nothing.
     """
@@ -57,12 +59,13 @@ class Ready:
     def __init__(self, plan: Plan, place: Place, backend: str):
         self.plan, self.place = plan, place
         self.block, self.rule = plan.block, plan.rule
-        self.backend = _choose(plan, place, backend)
+        self.backend = backend
         self.mask, self.lists, self.order = None, None, (None, None)
         if self.backend == "dense":
-            self.mask = plan.dense_mask().to(place.device)
+            self.mask = self._mask().to(place.device)
         elif self.backend != "plain":
-            self.lists = plan.to(place.device).tensors
+            self.plan = plan.to(place.device)
+            self.lists = self.plan.tensors
             both = plan.queries.permutation, plan.keys.permutation
             self.order = tuple(p and p.to(place.device) for p in both)
 
@@ -80,14 +83,37 @@ class Ready:
             "block_density": stats.block_density,
         }
 
-    def __call__(self, call: AttnCall, scale: float | None) -> torch.Tensor:
-        """Attention under the plan, `[B, H, Sq, D]`, tokens in the model's order."""
-        last = call.layout.text[1] - 1
+    def _mask(self) -> torch.Tensor:
+        """Whatever the plan is made of, its blocks say which slots attend."""
+        plan = self.plan
+        task = unpack(plan.tensors, self.block, self.rule, 1.0)
+        mask = dense_mask(task, plan.queries.slots, plan.keys.slots)[0]
+        for axis, sequence in ((-2, plan.queries), (-1, plan.keys)):
+            if sequence.permutation is not None:
+                mask = sequence.permutation.unpermute(mask, axis)
+        return mask
+
+    def __call__(
+        self, call: AttnCall, scale: float | None, real_text: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention under the plan, `[B, H, Sq, D]`, tokens in the model's order.
+
+        `real_text`, int `[B]`, is how many text tokens are no padding; None is all.
+        """
+        last, lists = call.layout.text[1] - 1, self.lists
+        if real_text is not None and lists is not None:
+            name = "after" if call.layout.image[0] == 0 else "before"
+            lists = {**lists, "key_count": self.plan.key_count({name: real_text})}
         if self.backend == "dense":
             mask = self.mask
+            if real_text is not None:
+                hidden = call.options["attn_mask"]
+                mask = mask & functional.pad(
+                    hidden, (0, mask.shape[-1] - hidden.shape[-1]), value=True
+                )
             if call.repeats > 1:
                 mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, -math.inf)
-                mask[:, last] += math.log(call.repeats)
+                mask[..., last] += math.log(call.repeats)
             return functional.scaled_dot_product_attention(
                 call.query, call.key, call.value, attn_mask=mask, scale=scale
             )
@@ -98,25 +124,33 @@ class Ready:
             )
         )
         out, lse = block_sparse_attention(
-            query, key, value, self.lists, self.block, self.rule, scale, self.backend
+            query, key, value, lists, self.block, self.rule, scale, self.backend
         )
         if self.order[0] is not None:
             out = self.order[0].unpermute(out)
         if call.repeats == 1:
             return out
         lse = lse if self.order[0] is None else self.order[0].unpermute(lse, -1)
-        # The further copies of that key are a set of keys of their own, with one value.
-        scale = call.query.shape[-1] ** -0.5 if scale is None else scale
-        again = (call.query @ call.key[:, :, last, :, None])[..., 0].to(lse.dtype) * scale
-        same = call.value[:, :, last : last + 1].expand_as(out)
-        return merge_attention([out, same], [lse, again + math.log(call.repeats - 1)])[0]
+        return count_again(out, lse, call, scale)
+
+
+def count_again(
+    out: torch.Tensor, lse: torch.Tensor, call: AttnCall, scale: float | None
+) -> torch.Tensor:
+    """Adds the further copies of the last text token, which all see, to attention without them."""
+    last = call.layout.text[1] - 1
+    scale = call.query.shape[-1] ** -0.5 if scale is None else scale
+    again = (call.query @ call.key[:, :, last, :, None])[..., 0].to(lse.dtype) * scale
+    same = call.value[:, :, last : last + 1].expand_as(out)
+    return merge_attention([out, same], [lse, again + math.log(call.repeats - 1)])[0]
 
 
 def image_plan(
     place: Place,
-    pattern: Pattern,
+    pattern: Pattern | BlockRule | bool,
     order: TokenOrder,
     coarse: dict[str, tuple[TokenOrder, Pattern | bool]] | None = None,
+    block: int | None = None,
 ) -> Plan:
     """The plan of a sequence in which only the image tokens are choosy.
 
@@ -126,11 +160,12 @@ def image_plan(
         order: of the image tokens.
         coarse: further keys, behind those of the model: their order, and which of them an image
             token sees. Other tokens do not see them.
+        block: tokens of a block's side; None is what suits the device.
     """
     first, last = place.layout.image
     ends = {"before": first, "after": place.tokens - last}
-    parts = {name: text_segment(count) for name, count in ends.items() if count}
-    parts = {name: Segment(name, part.order) for name, part in parts.items()}
+    parts = {name: Segment(name, TokenOrder((1, 1, count)), place.layout.is_masked)
+             for name, count in ends.items() if count}  # fmt: skip
     image = Segment("image", order)
     own = [parts[n] if n != "image" else image for n in ("before", "image", "after")
            if n == "image" or n in parts]  # fmt: skip
@@ -140,11 +175,13 @@ def image_plan(
     for name, (its_order, rule) in (coarse or {}).items():
         keys.append(Segment(name, its_order))
         rules |= {(part, name): False for part in parts} | {("image", name): rule}
-    sequences = [Sequence(tuple(each), place.block) for each in (own, keys)]
-    return make_plan(*sequences, rules, (place.block, place.block))
+    block = place.block if block is None else block
+    sequences = [Sequence(tuple(each), block) for each in (own, keys)]
+    return make_plan(*sequences, rules, (block, block))
 
 
-def _choose(plan: Plan, place: Place, backend: str) -> str:
+def choose_backend(plan: Plan, place: Place, backend: str) -> str:
+    """What to run a plan of one pattern with: `plain` if it is dense, and what `auto` means."""
     (layout,), (block_q, block_k) = plan.layouts, plan.block
     if layout.sure == plan.queries.tokens * plan.keys.tokens == place.tokens**2:
         return "plain"

@@ -9,9 +9,7 @@ timed apart. The bound is dense over visited blocks; its share is how much of it
 from __future__ import annotations
 
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from dittune.pipelines.attention_bench.shapes import (
     plan_of,
     sample_mask,
 )
+from dittune.pipelines.attention_bench.timing import commit, quantile, times
 from dittune.pipelines.bench import hardware
 from dittune.pipelines.row_log import RowLog
 
@@ -119,7 +118,7 @@ def _dense(inputs, device, rounds, skipped, shape: Shape) -> tuple[str, list[flo
     for name, attend in dense_rivals(device).items():
         try:
             few = rounds if device.type != "cpu" else min(rounds, 3)
-            found[name] = _times(lambda attend=attend: attend(*inputs), device, few)
+            found[name] = times(lambda attend=attend: attend(*inputs), device, few)
         except Exception as error:  # of packages that are not ours, anything may come
             skipped.append(f"{shape.name}/{name}: {type(error).__name__}: {str(error)[:200]}")
     return min(found.items(), key=lambda item: statistics.median(item[1]), default=("", []))
@@ -146,25 +145,25 @@ def _time(shape: Shape, pattern: str, backend: str, inputs, dense, rounds: int) 
         raise DittuneError(
             f"{shape.name}/{pattern}/{backend} is wrong: error {error:.2e}, allowed {allowed:.2e}"
         )
-    kernel = _times(attend, device, rounds)
+    kernel = times(attend, device, rounds)
 
     def move() -> torch.Tensor:
         query, _, _ = (permute(t) for t in inputs)
         return unpermute(query)
 
-    moving = _times(move, device, rounds)
+    moving = times(move, device, rounds)
     median, best = statistics.median(kernel), min(kernel)
     visited = stats.block_density * plan.queries.slots * plan.keys.slots
     name, dense_times = dense
     dense_ms = statistics.median(dense_times) if dense_times else float("nan")
     what = hardware()
     return Timing(
-        commit=_commit(), device=what["device"], torch=what["torch"], threads=what["threads"],
+        commit=commit(), device=what["device"], torch=what["torch"], threads=what["threads"],
         shape=shape.name, tokens=inputs[0].shape[2], heads=shape.heads, dim=shape.dim,
         dtype=str(inputs[0].dtype).removeprefix("torch."), pattern=pattern, backend=backend,
         block_density=stats.block_density, full_share=stats.full_share, error=error,
-        error_allowed=allowed, kernel_ms=median, kernel_p20=_quantile(kernel, 0.2),
-        kernel_p80=_quantile(kernel, 0.8), kernel_best=best,
+        error_allowed=allowed, kernel_ms=median, kernel_p20=quantile(kernel, 0.2),
+        kernel_p80=quantile(kernel, 0.8), kernel_best=best,
         order_ms=0.0 if order is None else statistics.median(moving), plan_ms=plan_ms,
         tflops=4e-9 * shape.heads * shape.dim * visited / median, dense=name, dense_ms=dense_ms,
         dense_best=min(dense_times, default=float("nan")), speedup=dense_ms / median,
@@ -186,42 +185,6 @@ def _errors(plan, shape: Shape, inputs, out: torch.Tensor) -> tuple[float, float
         wrong += float((out[:, head, rows.to(out.device)] - true).abs().mean())
         other += float((theirs[:, head] - true).abs().mean())
     return wrong / shape.heads, 2 * other / shape.heads + 1e-7
-
-
-def _times(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of each round, after warming up."""
-    if device.type == "cpu":
-        times = []
-        for i in range(rounds + 1):
-            started = time.perf_counter()
-            call()
-            if i:
-                times.append(1e3 * (time.perf_counter() - started))
-        return times
-    for _ in range(20):
-        call()
-    ends = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for start, stop in ends:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in ends]
-
-
-def _quantile(times: list[float], share: float) -> float:
-    return sorted(times)[int(share * (len(times) - 1))]
-
-
-def _commit() -> str:
-    """Of the checkout; the version where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        from dittune import __version__
-
-        return __version__
 
 
 def as_text(result: dict[str, Any]) -> str:

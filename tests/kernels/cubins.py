@@ -18,9 +18,11 @@ from triton.compiler import ASTSource
 
 from dittune.kernels.block_sparse import triton as launcher
 from dittune.kernels.block_sparse import triton_kernels as kernels
+from dittune.kernels.routed_attention import triton as routed
+from dittune.kernels.routed_attention.triton_kernels import chunk_kernel
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-LISTS = ("start", "index", "slots", "order", "count", "plan", "table")
+LISTS = ("start", "index", "slots", "order", "count", "plan", "table", "rows", "many")
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -31,11 +33,11 @@ def source_of(kernel, dtype, constants):
         if parameter.annotation is not inspect.Parameter.empty:
             signature[name] = "constexpr"
             continue
-        if name.startswith("stride") or name in ("H", "Sq", "Skv", "nq", "nk"):
+        if name.startswith("stride") or name in ("H", "Sq", "Skv", "nq", "nk", "i_c"):
             signature[name] = "i32"
         elif name.startswith("scale"):
             signature[name] = "fp32"
-        elif name in ("lse", "delta"):
+        elif name in ("lse", "delta") or name.startswith("running"):
             signature[name] = "*fp32"
         elif name == "bits":
             signature[name] = "*u8"
@@ -51,9 +53,14 @@ def source_of(kernel, dtype, constants):
 def usage(kernel, table, dtype, dim, rule, block=128):
     """Registers and stack a thread, shared memory a program, for sm_90."""
     query = torch.empty(0, dim, dtype=dtype)
-    tile, constants = launcher.tile_for(table, query, (block, block))
+    if kernel is chunk_kernel:
+        constants = routed.constants_for(query)
+        tile = constants["BM"], constants["BN"]
+    else:
+        tile, constants = launcher.tile_for(table, query, (block, block))
+        constants |= {"RULE": rule}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    source = source_of(kernel, dtype, constants | {"RULE": rule})
+    source = source_of(kernel, dtype, constants)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -78,9 +85,12 @@ def usage(kernel, table, dtype, dim, rule, block=128):
 
 def main(names, cases):
     for name in names:
+        if name == "chunk_kernel":  # without rules; float32 up to 128
+            cases = {case[:2]: case for case in cases if case[:2] != (torch.float32, 256)}.values()
         for dtype, dim, rule in cases:
             table = name.removesuffix("_kernel").upper() + "_FP32" * (dtype == torch.float32)
-            found = usage(getattr(kernels, name), getattr(launcher, table), dtype, dim, rule)
+            kernel = chunk_kernel if name == "chunk_kernel" else getattr(kernels, name)
+            found = usage(kernel, getattr(launcher, table, None), dtype, dim, rule)
             print(json.dumps(found), flush=True)
 
 

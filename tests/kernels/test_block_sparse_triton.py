@@ -136,7 +136,7 @@ def test_in_the_interpreter(slow):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kernel", ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+    "kernel", ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "chunk_kernel"]
 )
 def test_compiles_for_hopper(kernel):
     """Fits into shared memory, uses tensor cores for 16-bit types, hardly spills."""

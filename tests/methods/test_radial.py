@@ -21,14 +21,14 @@ def frames_apart(frames, per_frame, sink):
     return near | (frame[None] == 0) if sink else near
 
 
-@pytest.mark.parametrize("sink", [None, False])
-def test_wan_sees_the_published_blocks_and_the_first_frame(sink, monkeypatch):
+@pytest.mark.parametrize(("sink", "backend"), [(None, "cpu"), (False, "cpu"), (False, "dense")])
+def test_wan_sees_the_published_blocks_and_the_first_frame(sink, backend, monkeypatch):
     """16 tokens a frame, in whole blocks of 8: frames two apart are too thin a band to be kept."""
     pipe = wan()
     plain = latents(pipe)
-    with dittune.attach(pipe, Radial(**ALWAYS, block=8, sink=sink)) as handle:
+    with dittune.attach(pipe, Radial(**ALWAYS, block=8, sink=sink, backend=backend)) as handle:
         found = latents(pipe)
-        density = handle.report()["radial"]["density"]
+        density = handle.report()["radial"]["self"]["density"]
     assert density == pytest.approx((7 if sink is False else 8) / 9)
     mask = frames_apart(3, 16, sink is None)
 
@@ -43,11 +43,12 @@ def test_wan_sees_the_published_blocks_and_the_first_frame(sink, monkeypatch):
     assert (found - plain).abs().max() > 1e-3
 
 
-def test_text_and_its_padding_in_hunyuan_video(monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_text_and_its_padding_in_hunyuan_video(backend, monkeypatch):
     """4 tokens a frame; text of another length in each row sees all, and all see it."""
     pipe = hunyuan_video()
     prompts = ["a red circle", "a large red circle moving up"]
-    with dittune.attach(pipe, Radial(**ALWAYS, block=4)):
+    with dittune.attach(pipe, Radial(**ALWAYS, block=4, backend=backend)):
         found = latents(pipe, prompts)
     allowed = torch.ones(12 + 8, 12 + 8, dtype=torch.bool)
     allowed[:12, :12] = frames_apart(3, 4, False)
@@ -66,7 +67,8 @@ def test_neighbouring_frames_are_dense(build):
     plain = latents(pipe, **settings)
     with dittune.attach(pipe, Radial(**ALWAYS)) as handle:
         torch.testing.assert_close(latents(pipe, **settings), plain, atol=1e-4, rtol=1e-4)
-        assert handle.report()["radial"]["density"] == 1.0
+        (report,) = handle.report()["radial"].values()
+        assert report["density"] == 1.0
 
 
 def test_blocks_are_no_larger_than_a_frame():
@@ -82,9 +84,9 @@ def test_first_steps_and_layers_stay_dense():
     settings = {"block": 8, "start": 0.5, "dense_layers": "0"}
 
     class Count(Radial):
-        def _core(self, core, call):
+        def core(self, stock, state, call):
             seen.append((call.run.step, call.site.layer))
-            return super()._core(core, call)
+            return super().core(stock, state, call)
 
     with dittune.attach(pipe, Count(**settings)):
         latents(pipe, steps=4, guidance_scale=1.0)
@@ -120,5 +122,5 @@ def test_wrong_settings(settings, match):
 
 
 def test_without_self_attention_it_is_refused():
-    with pytest.raises(SelectionError, match="self or joint attention"):
+    with pytest.raises(SelectionError, match="joint or self attention"):
         Radial().sites([dittune.call.Site(0, "cross", "x", 1)])

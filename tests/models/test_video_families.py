@@ -8,7 +8,15 @@ import dittune
 from dittune.errors import ConfigError, SelectionError
 from dittune.models import facts_for
 from tests.tiny import denoiser, latents
-from tests.tiny_video import VIDEO_FAMILIES, cogvideox, hunyuan_video, wan, wan22, wan_transformer
+from tests.tiny_video import (
+    VIDEO_FAMILIES,
+    cogvideox,
+    hunyuan_video,
+    mochi,
+    wan,
+    wan22,
+    wan_transformer,
+)
 
 PLACES = {  # a token of the tiny grid (3, rows, columns), and where it is in the sample
     "wan": ((1, 2, 3), lambda x: x[0, :, 1, 4, 6]),
@@ -16,6 +24,7 @@ PLACES = {  # a token of the tiny grid (3, rows, columns), and where it is in th
     "cogvideox": ((1, 1, 0), lambda x: x[0, 1, :, 2, 0]),
     "hunyuan_video": ((1, 1, 0), lambda x: x[0, :, 1, 2, 0]),
     "ltx": ((1, 2, 3), lambda x: x[0, 64 + 2 * 8 + 3]),
+    "mochi": ((1, 1, 0), lambda x: x[0, :, 1, 2, 0]),
 }
 
 
@@ -80,7 +89,7 @@ def roles_of(calls):
     return [(inputs.run.step, inputs.roles) for inputs, _ in calls]
 
 
-@pytest.mark.parametrize("family", ["wan", "cogvideox", "ltx"])
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "ltx", "mochi"])
 def test_roles_with_guidance_and_without(family):
     pipe = VIDEO_FAMILIES[family]()
     seen = []
@@ -220,3 +229,37 @@ def test_methods_that_read_maps_of_pictures_say_so(name):
         dittune.attach(pipe, method(concepts="red, circle"))
     with dittune.attach(pipe, method(layers="0")), pytest.raises(ConfigError, match="not yet in a"):
         latents(pipe)
+
+
+def test_rows_of_mochi_have_their_role_and_the_padding_of_their_own_text():
+    """Two prompts of different length, guided: uncond rows first. Bitwise the plain pipeline."""
+    pipe, settings = mochi(), {"prompt": ["a red circle", "a red circle moving up"]}
+    settings |= {"steps": 1, "guidance_scale": 3.0}
+    plain = latents(pipe, **settings)
+    (_, calls), *_ = watched(pipe, **settings)
+    seen = [(c.site.layer, c.roles, int(c.options["attn_mask"].sum()) - 12) for c in calls]
+    found = [pipe.tokenizer(text)["attention_mask"] for text in ("", *settings["prompt"])]
+    real = [sum(mask) for mask in found]
+    real = [real[0], real[0], *real[1:]]
+    assert real[2] < real[3] <= 8
+    roles = [("uncond",), ("uncond",), ("cond",), ("cond",)]
+    assert seen == [(i, *row) for i in (0, 1) for row in zip(roles, real)]
+    assert all(c.query.shape[2] == c.layout.text[1] == 20 for c in calls)
+    with dittune.attach(pipe, Watch()):
+        assert torch.equal(latents(pipe, **settings), plain)
+
+
+def test_a_row_of_mochi_that_fails_is_not_counted_into_the_next_call():
+    pipe, failing = mochi(), [True]
+
+    class Fail(dittune.Method):
+        def attend(self, call, proceed):
+            if failing and call.roles == ("uncond",):
+                raise RuntimeError(failing.pop())
+            assert call.roles == (("uncond", "cond")[call.run.rows_done[call.site.name] - 1],)
+            return proceed(call)
+
+    with dittune.attach(pipe, Fail()):
+        with pytest.raises(RuntimeError, match="True"):
+            latents(pipe, guidance_scale=3.0)
+        latents(pipe, guidance_scale=3.0)

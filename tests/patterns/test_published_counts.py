@@ -1,6 +1,9 @@
 """Block counts, densities and speed-up bounds as published, or counted with published code."""
 
+import math
+
 import pytest
+import torch
 
 from dittune.patterns import (
     Local,
@@ -129,6 +132,35 @@ def test_radial_blocks_where_frames_are_no_whole_blocks(frames, sink, sparsity):
     assert round(1 - kept.float().mean().item(), 4) == sparsity
 
 
+@pytest.mark.parametrize("grid", [(5, 3, 7), (4, 4, 8), (1, 3, 3), (9, 1, 5), (7, 9, 20)], ids=str)
+@pytest.mark.parametrize("sink", [False, True])
+def test_radial_blocks_are_counted_without_a_matrix(grid, sink):
+    for block in (4, 8, 128):
+        rule = RadialBlocks(Radial(grid, 0.5, block, sink))
+        assert rule.count(block) == int(rule.keep(block, block).sum())
+
+
+@pytest.mark.parametrize("last", [128, pytest.param(1024, marks=pytest.mark.slow)])
+def test_radial_blocks_grow_like_n_log_n(last):
+    """16 to 1,024 frames of 720p: `a n log n + b n` fits within 10 %, and better than powers do."""
+    frames = 2.0 ** torch.arange(4, math.log2(last) + 1, dtype=torch.float64)
+    counts = [RadialBlocks(Radial((int(n), 45, 80))).count(128) for n in frames]
+    counts = torch.tensor(counts, dtype=torch.float64)
+
+    def error(growth):
+        """Largest relative error of the best mixture with linear growth."""
+        basis = torch.stack([growth, frames], 1) / counts[:, None]
+        ones = torch.ones(len(counts), 1, dtype=torch.float64)
+        best = torch.linalg.lstsq(basis, ones).solution
+        return float((basis @ best - 1).abs().max())
+
+    found = {"n log n": error(frames * frames.log2()), "n^1.5": error(frames**1.5)}
+    found["n^2"] = error(frames**2)
+    print(dict(zip(frames.int().tolist(), counts.int().tolist())), found)
+    assert found["n log n"] < 0.1 and found["n log n"] == min(found.values())
+    assert last == 128 or found["n^1.5"] > 0.1
+
+
 HUNYUAN, COSMOS, FLUX_4K = (30, 48, 80), (16, 44, 80), (1, 256, 256)
 
 
@@ -217,3 +249,11 @@ def test_counting_by_axis_equals_counting_pairs(grid):
 
 def test_small_grids_stay_row_major():
     assert best_order(Local(2), (1, 8, 8), 128) == TokenOrder((1, 8, 8))
+
+
+def test_a_grid_that_fills_no_block_well_has_the_fullest_tiles():
+    """Video of 3 x 4 x 6 tokens: sides that divide it make 48 of 64 tokens at most."""
+    pattern = Neighborhood((3, 4, 6), (2, 3, 3))
+    tile = best_tile(pattern, (3, 4, 6), 64)
+    assert tile[0] * tile[1] * tile[2] == 48
+    assert best_order(pattern, (3, 4, 6), 64).tile == tile

@@ -16,7 +16,7 @@ from dittune.pipelines.attention_bench.shapes import GPU_SHAPES, PATTERNS, Shape
 from dittune.pipelines.row_log import RowLog
 from dittune.run import Run
 from dittune.seam import Link, stock_attention
-from dittune.sparse.method import plans_of
+from dittune.sparse.core import built_by
 from dittune.sparse.plan import Place
 
 TINY = (Shape("joint", (1, 10, 12), 5, 2, 8), Shape("video", (3, 6, 5), 0, 2, 8))
@@ -61,8 +61,9 @@ def test_the_python_layer_costs_less_than_30_microseconds(monkeypatch, capsys):
     monkeypatch.setattr("dittune.kernels.block_sparse.api.backend_module", lambda name: empty)
     layout, device = TokenLayout((0, 256), (256, 256), (1, 16, 16)), torch.device("cpu")
     method = dittune.Clear(radius=3, backend="cpu")
-    plans = plans_of(method, "joint", 0, device)
-    assert plans.build(method, Place(layout, 1, device)).order == (None, None)
+    plans = built_by(method, "joint", 0, device)
+    ready = plans.get(layout, lambda: method.ready(Place(layout, 1, device)))
+    assert ready.order == (None, None)
     link, tensor = Link(method, plans, stock_attention), torch.zeros(1, 1, 256, 16)
     call = AttnCall(
         tensor, tensor, tensor, {}, ("cond",), layout, Site(0, "joint", "x", 1), None,

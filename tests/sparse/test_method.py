@@ -10,6 +10,7 @@ from dittune.errors import ConfigError, SelectionError
 from dittune.method import Method
 from dittune.methods.merge_padding import MergePadding
 from dittune.sparse import method as sparse
+from dittune.sparse.core import built_by
 from tests.tiny import FAMILIES, denoiser, flux, latents, sd3
 
 WIDE = {"height": 24, "width": 40}  # 3 x 5 tokens: neither square nor divisible
@@ -140,7 +141,7 @@ def test_the_first_steps_and_chosen_layers_stay_dense():
 def test_a_plan_is_built_once_for_a_geometry(monkeypatch):
     pipe, built, build = sd3(), [], sparse.Ready
     monkeypatch.setattr(sparse, "Ready", lambda *a: built.append(a) or build(*a))
-    sparse.plans_of.cache_clear()
+    built_by.cache_clear()
     for _ in range(2):  # generations; guidance doubles the batch
         with dittune.attach(pipe, dittune.Clear(radius=2)):
             latents(pipe, steps=3, guidance_scale=4.0)
@@ -203,7 +204,7 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ConfigError, match=match):
             dittune.Clear(**settings)
-    for settings in ({"window": 3, "stride": 4}, {"window": 0}, {"dilation": 0}):
+    for settings in ({"window": 3, "stride": 4}, {"window": 0}, {"dilation": 0}, {"frames": -1}):
         with pytest.raises(ConfigError, match="1 <= stride <= window"):
             dittune.Natten(**settings)
     pipe = sd3()
