@@ -18,6 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 
 import dittune
 from dittune.pipelines import cli
+from dittune.pipelines.settings import described
 from tests import tiny, tiny_video
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +183,7 @@ def test_each_method_has_a_page_with_all_its_settings():
         assert f"<!-- settings: {name} -->" in page
         table = hooks.on_page_markdown(page)
         assert all(f"| `{field}` |" in table for field in dittune.load_method(name)().__dict__)
-    assert hooks.described(dittune.Method).keys() == {"start", "stop"}
+    assert described(dittune.Method).keys() == {"start", "stop"}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=titled)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class SparseMethod(Method):
     """
 
     dense_layers: str = ""
-    backend: str = "auto"
+    backend: str = field(default="auto", metadata={"choices": BACKENDS})
 
     def __post_init__(self) -> None:
         super().__post_init__()
