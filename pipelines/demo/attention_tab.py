@@ -18,6 +18,7 @@ from dittune.pipelines.demo.parts import (
     Repeat,
     configuration,
     seed_row,
+    strip,
     work_on,
 )
 from dittune.pipelines.demo.repeat import picture_command, yaml_command
@@ -46,18 +47,13 @@ class AttentionTab:
                 self.line = gr.HTML(status.IDLE)
                 self.repeat = Repeat()
             with gr.Column(scale=3, min_width=320):
-                self.words = gr.Gallery(
-                    label="Where the picture looks at each word",
-                    columns=5,
-                    height=210,
-                    object_fit="contain",
-                    interactive=False,
-                    elem_classes="picture",
-                )
+                self.words = strip("Where the picture looks at each word", 5)
                 with gr.Row(equal_height=False):
                     with gr.Column(min_width=300):
+                        gr.Markdown("**Heads of the model**")
                         self.grid = gr.Image(
-                            label="Heads of the model: layers and heads",
+                            label="Heads of the model",
+                            show_label=False,
                             alt_text="a grid of heads, one row a layer; click one to perturb it",
                             interactive=False,
                             format="png",
@@ -98,6 +94,7 @@ class AttentionTab:
 
     def look(
         self,
+        request: gr.Request,
         model: str,
         prompt: str,
         seed: int | None,
@@ -105,7 +102,6 @@ class AttentionTab:
         steps: int,
         guidance: float | None,
         size: str,
-        request: gr.Request,
     ) -> Iterator[dict]:
         """Make a picture and show where its words and its heads look."""
         try:
@@ -142,7 +138,12 @@ class AttentionTab:
         return (head, drawn(seen[1], [head])) if head else (gr.skip(), gr.skip())
 
     def perturb_heads(
-        self, seen: tuple | None, heads: str, u: float, scale: float, request: gr.Request
+        self,
+        request: gr.Request,
+        seen: tuple | None,
+        heads: str,
+        u: float,
+        scale: float,
     ) -> Iterator[dict]:
         """Make the picture again, guided away from what it is without these heads."""
         if seen is None:

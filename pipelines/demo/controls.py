@@ -56,6 +56,7 @@ class MethodPicker:
     Args:
         model: whose preset gives the first values.
         names: of the methods.
+        place: where the choice goes; None is above the controls.
         hidden: settings the page gives itself.
         optional: whether there is `none` to choose.
     """
@@ -65,12 +66,14 @@ class MethodPicker:
         model: str,
         names: Sequence[str],
         value: str,
+        place: gr.Column | None = None,
         hidden: Sequence[str] = (),
         optional: bool = True,
     ):
         self.names, self.hidden = list(names), hidden
         choices = [NONE] * optional + self.names
-        self.choice = gr.Dropdown(choices, value=value, label="Method", filterable=True)
+        with place or gr.Column():
+            self.choice = gr.Dropdown(choices, value=value, label="Method", filterable=True)
         self.groups, self.fields, self.components = [], [], []
         with gr.Accordion("Settings of the method", open=False):
             for name in self.names:

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+import dittune
 from dittune.config import preset, preset_files
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.controls import NONE, defaults
@@ -24,9 +25,9 @@ class GalleryTab:
         self.studio = studio
         gr.Markdown("Recommended settings of the bundled models, chosen on prompts of their own.")
         for name, path in preset_files().items():
-            with gr.Group(elem_classes="card"), gr.Row(equal_height=False):
+            with gr.Row(equal_height=False, elem_classes="card"):
                 with gr.Column(scale=2, min_width=300):
-                    gr.Markdown(f"### {name}\n{about(path)}", padding=True)
+                    gr.Markdown(f"### {name}\n{about(path)}")
                     gr.Code(
                         settings_text(path), label=path.name, language="yaml", interactive=False
                     )
@@ -36,7 +37,7 @@ class GalleryTab:
         """The part of a card that does something."""
         with gr.Column(scale=3, min_width=300):
             if name not in self.studio.models(videos=False):
-                gr.Markdown(f"`{name}` {missing(self.studio, name)}", padding=True)
+                gr.Markdown(f"`{name}` {missing(self.studio, name)}")
                 return
             with gr.Row():
                 before = picture("Before", "the picture without the method of the preset", 200)
@@ -92,7 +93,9 @@ def missing(studio: Studio, name: str) -> str:
     """Why a preset cannot be tried."""
     if name in studio.models(videos=True):
         return "makes videos: see the tab Video, which starts from this preset."
-    return "is not loaded here: it is not bundled, or the page was started with another model."
+    if name in dittune.available_checkpoints():
+        return "is not loaded: the page was started with another model."
+    return "is not bundled in this version."
 
 
 def about(path: Path) -> str:

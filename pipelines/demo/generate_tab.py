@@ -41,16 +41,19 @@ class GenerateTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6)
-                self.picker = MethodPicker(model.value, dittune.available_methods(), "softpag")
+                self.seed = seed_row(7)
+                choice = gr.Column()
+                self.buttons = Buttons("Generate")
+                self.picker = MethodPicker(
+                    model.value, dittune.available_methods(), "softpag", choice
+                )
                 self.masks = gr.File(
                     label="Masks: a PNG for each subject, in their order; bright is inside",
                     file_count="multiple",
                     file_types=[".png"],
                     visible=False,
                 )
-                self.seed = seed_row(7)
                 self.call = CallSettings(model.value)
-                self.buttons = Buttons("Generate")
             with gr.Column(scale=3, min_width=320):
                 self.line = gr.HTML(status.IDLE)
                 with gr.Row(equal_height=True):
@@ -79,6 +82,7 @@ class GenerateTab:
 
     def generate(
         self,
+        request: gr.Request,
         model: str,
         prompt: str,
         seed: int | None,
@@ -89,7 +93,6 @@ class GenerateTab:
         size: str,
         masks: list[str] | None,
         *settings: Any,
-        request: gr.Request,
     ) -> Iterator[dict]:
         """Make a picture without a method and one with it; both from the same seed."""
         try:

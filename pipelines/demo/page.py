@@ -30,7 +30,13 @@ CACHE = 3600  # seconds after which files of results are removed
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = """
 .status {display: flex; gap: .8em; align-items: center; min-height: 2.2em; padding: 0 .2em}
-.status progress {flex: 0 0 40%; height: .7em; accent-color: var(--color-accent)}
+.status progress {
+  appearance: none; flex: 0 0 40%; height: .6em; border: 0; border-radius: 1em; overflow: hidden;
+  background: var(--border-color-primary)
+}
+.status progress::-webkit-progress-bar {background: var(--border-color-primary)}
+.status progress::-webkit-progress-value {background: var(--color-accent)}
+.status progress::-moz-progress-bar {background: var(--color-accent)}
 .status.failed {
   background: #fdecec; color: #7d1414; border-left: 4px solid #b23a3a; padding: .6em .9em;
   border-radius: 4px
@@ -39,7 +45,10 @@ CSS = """
 .seed {align-items: end}
 .seed button {flex: 0 0 auto; min-height: 42px}
 .heads img {cursor: pointer; object-fit: contain}
-.card {padding: .4em}
+.card {
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+  border-radius: 6px; padding: 1em
+}
 """
 CRISP = ".picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}"
 SMALL = 256  # pixels a side; such pictures are enlarged without blur

@@ -12,12 +12,28 @@ import gradio as gr
 from dittune.config import RunConfig, preset, resolve, write_yaml
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.repeat import YAML_NAME
-from dittune.pipelines.demo.studio import News, Studio, Watch
+from dittune.pipelines.demo.studio import CANCELLED, News, Studio, Watch
 
 QUIET = {"queue": False, "api_visibility": "private"}  # for what only changes the page
 LANE = {"concurrency_id": "models", "concurrency_limit": 1}  # for what uses a model
 STEPS = 20  # of a first picture; the model's own number takes longer
 MOST_SEED = 2**31 - 1
+
+
+def strip(title: str, columns: int) -> gr.Gallery:
+    """Pictures in a row under a title, each with its words."""
+    gr.Markdown(f"**{title}**")
+    return gr.Gallery(
+        label=title,
+        show_label=False,
+        columns=columns,
+        object_fit="contain",
+        height="auto",
+        interactive=False,
+        format="png",
+        buttons=[],
+        elem_classes="picture",
+    )
 
 
 class CallSettings:
@@ -93,13 +109,12 @@ class Buttons:
     def wire(self, studio: Studio, line: gr.HTML, running: list) -> None:
         """Let Cancel stop what this user has running, or waiting in the queue."""
 
-        def cancel(request: gr.Request) -> str:
-            was_running = studio.cancel(request.session_hash or "")
-            return status.done(
-                "Cancelled; the model is as it was." if was_running else "Cancelled."
-            )
+        def cancel(request: gr.Request) -> None:
+            studio.cancel(request.session_hash or "")
 
-        self.cancel.click(cancel, None, line, cancels=running, **QUIET)
+        stopped = self.cancel.click(cancel, None, None, cancels=running, **QUIET)
+        # Afterwards, so that no news still on their way are shown last.
+        stopped.then(lambda: status.done(CANCELLED), None, line, **QUIET)
 
 
 class Repeat:

@@ -26,14 +26,10 @@ def done(text: str) -> str:
 def failed(error: BaseException) -> str:
     """What the user can mend; anything else goes to the server's log, never to the page."""
     if isinstance(error, Cancelled):
-        return done(_sentence(str(error)))
+        return done(str(error))
     if isinstance(error, (DittuneError, OSError)):
-        text = _sentence(" ".join(str(error).split()))
+        text = " ".join(str(error).split())
     else:
         traceback.print_exception(error)
         text = "Something went wrong that dittune did not expect; the server's log says what."
     return f'<div class="status failed" role="alert">{html.escape(text)}</div>'
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."

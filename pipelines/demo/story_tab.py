@@ -17,6 +17,7 @@ from dittune.pipelines.demo.parts import (
     Repeat,
     configuration,
     seed_row,
+    strip,
     work_on,
 )
 from dittune.pipelines.demo.repeat import story_command, yaml_command
@@ -55,27 +56,21 @@ class StoryTab:
                 self.buttons = Buttons("Tell the story")
             with gr.Column(scale=3, min_width=320):
                 self.line = gr.HTML(status.IDLE)
-                self.pictures = gr.Gallery(
-                    label="References, then scenes",
-                    columns=3,
-                    height=460,
-                    object_fit="contain",
-                    interactive=False,
-                    format="png",
-                    elem_classes="picture",
-                )
+                self.references = strip("References", 4)
+                self.pictures = strip("Scenes", 2)
                 self.repeat = Repeat()
         running = self.buttons.start.click(
             self.tell,
             [model, self.subjects, self.scenes, self.masks, self.seed, self.picker.choice,
              *self.call.components, *self.picker.components],
-            [self.line, self.pictures, *self.repeat.components],
+            [self.line, self.references, self.pictures, *self.repeat.components],
             api_name="story", show_progress="minimal", show_progress_on=self.line, **LANE,
         )  # fmt: skip
         self.buttons.wire(studio, self.line, [running])
 
     def tell(
         self,
+        request: gr.Request,
         model: str,
         subjects: str,
         scenes: str,
@@ -87,7 +82,6 @@ class StoryTab:
         guidance: float | None,
         size: str,
         *settings: Any,
-        request: gr.Request,
     ) -> Iterator[dict]:
         """Make a reference of each subject, and the scenes that show them."""
         try:
@@ -105,7 +99,8 @@ class StoryTab:
             extra = [*(f"--subject={subject}" for subject in named), "--masks", masks]
             return {
                 self.line: status.done(f"{len(config.prompts)} scenes of {len(named)} subjects."),
-                self.pictures: [(str(path), text) for path, text in told.pictures],
+                self.references: told.references,
+                self.pictures: told.scenes,
                 **self.repeat.show(
                     story_command(config, named, masks), config, yaml_command("story", extra),
                     [told.sheet],

@@ -27,6 +27,7 @@ from dittune.pipelines.pipeline import Pipeline, Result
 
 PREVIEWS = 6  # a picture
 KEPT = 64  # folders of results; the page has its own copies long before they go
+CANCELLED = "Cancelled; the model is as it was."
 POLL = 0.1  # seconds between two looks at a lock or a list of news
 
 
@@ -67,7 +68,7 @@ class Watch:
     def check(self) -> None:
         """Raises Cancelled once the work is to stop."""
         if self._stop.is_set():
-            raise Cancelled("cancelled; nothing was kept, and the model is as it was")
+            raise Cancelled(CANCELLED)
 
     def latest(self) -> Iterator[News]:
         """News as they come, the newest of those that came meanwhile; ends with the result."""

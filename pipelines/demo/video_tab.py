@@ -74,6 +74,7 @@ class VideoTab:
 
     def film(
         self,
+        request: gr.Request,
         model: str,
         prompt: str,
         seed: int | None,
@@ -85,7 +86,6 @@ class VideoTab:
         guidance: float | None,
         size: str,
         *settings: Any,
-        request: gr.Request,
     ) -> Iterator[dict]:
         """Make a video without a method and one with it; both from the same seed."""
         try:

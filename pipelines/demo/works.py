@@ -65,7 +65,8 @@ class Told:
     """A story: its pictures with their prompts, and all of them on one sheet."""
 
     config: RunConfig
-    pictures: list[tuple[Path, str]]
+    references: list[tuple[str, str]]
+    scenes: list[tuple[str, str]]
     sheet: Path
 
 
@@ -147,11 +148,11 @@ def tell_story(
         _tell(pipeline, "References", 0.0, 1 / (count + 1))
         for k, _ in enumerate(story.run(pipeline), start=1):
             _tell(pipeline, f"Scene {k + 1} of {count}", k / count, (k + 1) / count)
-    texts = {"reference": subjects, "scene": config.prompts}
-    pictures = [
-        (story.path(name, i), text) for name, group in texts.items() for i, text in enumerate(group)
-    ]
-    return Told(config, pictures, folder / "story.png")
+    references, scenes = (
+        [(str(story.path(name, i)), text) for i, text in enumerate(texts)]
+        for name, texts in (("reference", subjects), ("scene", config.prompts))
+    )
+    return Told(config, references, scenes, folder / "story.png")
 
 
 def words_of(prompt: str) -> str:
