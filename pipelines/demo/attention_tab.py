@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dittune.pipelines.demo import status
-from dittune.pipelines.demo.generate_tab import PROMPT, picture, verdict
+from dittune.pipelines.demo.generate_tab import PROMPT, SEED, picture, verdict
 from dittune.pipelines.demo.parts import (
     LANE,
     QUIET,
@@ -41,13 +41,13 @@ class AttentionTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6)
-                self.seed = seed_row(7)
+                self.seed = seed_row(SEED)
                 self.call = CallSettings(model.value)
                 self.buttons = Buttons("Look")
                 self.line = gr.HTML(status.IDLE)
                 self.repeat = Repeat()
             with gr.Column(scale=3, min_width=320):
-                self.words = strip("Where the picture looks at each word", 5)
+                self.words = strip("Where the picture looks at each word", 6)
                 with gr.Row(equal_height=False):
                     with gr.Column(min_width=300):
                         gr.Markdown("**Heads of the model**")

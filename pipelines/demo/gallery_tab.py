@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
@@ -12,8 +11,17 @@ import dittune
 from dittune.config import preset, preset_files
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.controls import NONE, defaults
-from dittune.pipelines.demo.generate_tab import PROMPT, GenerateTab, picture, verdict
-from dittune.pipelines.demo.parts import LANE, QUIET, STEPS, configuration, guidance, work_on
+from dittune.pipelines.demo.generate_tab import PROMPT, SEED, GenerateTab, picture, verdict
+from dittune.pipelines.demo.parts import (
+    LANE,
+    QUIET,
+    STEPS,
+    Repeat,
+    configuration,
+    guidance,
+    work_on,
+)
+from dittune.pipelines.demo.repeat import picture_command, yaml_command
 from dittune.pipelines.demo.studio import Studio
 from dittune.pipelines.demo.works import Pair, make_pair
 
@@ -23,7 +31,9 @@ class GalleryTab:
 
     def __init__(self, studio: Studio, model: gr.Dropdown, generate: GenerateTab, tabs: gr.Tabs):
         self.studio = studio
-        gr.Markdown("Recommended settings of the bundled models, chosen on prompts of their own.")
+        gr.Markdown(
+            "Recommended settings of the bundled models; try each on a picture."
+        )
         for name, path in preset_files().items():
             with gr.Row(equal_height=False, elem_classes="card"):
                 with gr.Column(scale=2, min_width=300):
@@ -43,11 +53,13 @@ class GalleryTab:
                 before = picture("Before", "the picture without the method of the preset", 200)
                 after = picture("After", "the picture with the method of the preset", 200)
             line = gr.HTML(status.IDLE)
+            repeat = Repeat()
             with gr.Row():
                 show = gr.Button(f"Show {name}", size="sm", variant="primary")
                 take = gr.Button("Open in Generate", size="sm")
         show.click(
-            self.shower(name, line, before, after), None, [line, before, after],
+            self.shower(name, line, before, after, repeat), None,
+            [line, before, after, *repeat.components],
             api_visibility="private", show_progress="minimal", show_progress_on=line, **LANE,
         )  # fmt: skip
         picker = generate.picker
@@ -60,20 +72,25 @@ class GalleryTab:
             **QUIET,
         )  # fmt: skip
 
-    def shower(self, name: str, line: gr.HTML, before: Any, after: Any) -> Callable:
+    def shower(
+        self, name: str, line: gr.HTML, before: gr.Image, after: gr.Image, repeat: Repeat
+    ) -> Callable:
         """What the button of a card does."""
 
         def show(request: gr.Request) -> Iterator[dict]:
             method = method_of(name)
             methods = {method: defaults(name, method)} if method else {}
             call = "", STEPS, None, ""
-            config = configuration(self.studio, name, [PROMPT], 7, call, methods)
+            config = configuration(self.studio, name, [PROMPT], SEED, call, methods)
 
             def shown(pair: Pair) -> dict:
                 return {
                     line: status.done(verdict(pair)),
                     before: pair.before and str(pair.before),
                     after: str(pair.after),
+                    **repeat.show(
+                        picture_command(config), config, yaml_command("generate"), [pair.after]
+                    ),
                 }
 
             yield from work_on(

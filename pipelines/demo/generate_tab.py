@@ -27,7 +27,8 @@ from dittune.pipelines.demo.studio import News, Studio
 from dittune.pipelines.demo.uploads import MASKS
 from dittune.pipelines.demo.works import Pair, make_pair
 
-PROMPT = "a red circle and a blue square"
+PROMPT = "a yellow triangle, a purple cross and a red ring"
+SEED = 0  # with which the preset of shapes-sd3 mends what the plain model makes of that
 TAKE_MASKS = [
     name for name in dittune.available_methods() if hasattr(dittune.load_method(name), "masks")
 ]
@@ -41,7 +42,7 @@ class GenerateTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6)
-                self.seed = seed_row(7)
+                self.seed = seed_row(SEED)
                 choice = gr.Column()
                 self.buttons = Buttons("Generate")
                 self.picker = MethodPicker(

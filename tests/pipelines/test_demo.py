@@ -151,9 +151,8 @@ def test_command_and_yaml_repeat_the_picture(tabs, model, method, tmp_path, monk
     folder = tmp_path / "yaml"
     folder.mkdir()
     (folder / "run.yaml").write_text(last(updates, repeat.yaml))
-    (path,) = repeated(
-        "dittune generate --config run.yaml", folder, "generate", monkeypatch
-    ).iterdir()
+    runs = "dittune generate --config run.yaml"
+    (path,) = repeated(runs, folder, "generate", monkeypatch).iterdir()
     assert path.read_bytes() == after.read_bytes()
 
 
@@ -273,7 +272,7 @@ def test_a_video_is_filmed_and_repeated(tmp_path, monkeypatch):
 def test_without_a_video_model_the_page_says_so(studio):
     page = build(studio)
     texts = [b.value for b in page.blocks.values() if isinstance(b, gr.Markdown)]
-    assert any("No video model here" in text for text in texts)
+    assert any("No video model here" in (text or "") for text in texts)
 
 
 def installed(pipe):
@@ -284,7 +283,7 @@ def test_cancel_restores_the_model_by_identity(tabs, model, studio):
     pipe, tab = studio.pipe(model), tabs.generate
     before = installed(pipe)
     running = tab.generate(
-        ME, model, PROMPT, 7, "softpag", "", 150, 2.0, "32", None,
+        ME, model, PROMPT, 7, "softpag", "", 40, 2.0, "32", None,
         *values(tab.picker, heads="0:1"),
     )  # fmt: skip
     shown = []
@@ -352,10 +351,10 @@ def test_a_full_queue_says_so(studio, model):
     page = launch(studio, 0, False, 1, prevent_thread_lock=True, quiet=True)
     try:
         users = [client.Client(page.local_url, verbose=False) for _ in range(6)]
-        jobs = [
-            user.submit(prompt="x", steps=100, size="32", method="none", api_name="/generate")
-            for user in users
-        ]
+        names = users[0].view_api(print_info=False, return_format="dict")["named_endpoints"]
+        given = [p.get("parameter_default") for p in names["/generate"]["parameters"]]
+        given[:8] = [model, "x", 7, "none", "", 100, 1.0, "32"]
+        jobs = [user.submit(*given, api_name="/generate") for user in users]
         said = {str(job.exception()) for job in jobs} - {"None"}
         assert said == {"Queue is full! Please try again."}
     finally:
