@@ -10,6 +10,7 @@ installed for tests; they are compiled only.
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ SMALL = {
     "video": {"--steps": "1", "--frames": "5", "--size": "32"},
     "bench": {"--rounds": "3", "--limit": "2"},
 }
+PAGE = "dittune.pipelines.demo.page"  # it would serve for ever; tests/browser has the real one
 ADDED = {
     "generate": ["--steps"],
     "eval": ["--steps", "--limit"],
@@ -122,6 +124,7 @@ def with_commands(wanted):
 
 def run_commands(page, are_benchmarks, folder, hub, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, PAGE, SimpleNamespace(serve=lambda *settings: None))
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     (folder / "scenes.txt").write_text("a red circle and a blue square\n")
     for block in blocks(page, "yaml"):

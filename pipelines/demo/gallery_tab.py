@@ -31,9 +31,7 @@ class GalleryTab:
 
     def __init__(self, studio: Studio, model: gr.Dropdown, generate: GenerateTab, tabs: gr.Tabs):
         self.studio = studio
-        gr.Markdown(
-            "Recommended settings of the bundled models; try each on a picture."
-        )
+        gr.Markdown("Recommended settings of the bundled models; try each on a picture.")
         for name, path in preset_files().items():
             with gr.Row(equal_height=False, elem_classes="card"):
                 with gr.Column(scale=2, min_width=300):
