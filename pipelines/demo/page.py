@@ -44,6 +44,7 @@ CSS = """
 .dark .status.failed {background: #3a1d1d; color: #ffd7d7}
 .seed {align-items: end}
 .seed button {flex: 0 0 auto; min-height: 42px}
+.picture .fixed-height {min-height: 120px !important; max-height: none !important}
 .heads img {cursor: pointer; object-fit: contain}
 .card {
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary);

@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--waiting", type=int, default=24, help="bound of the queue")
     parser.add_argument("--port", type=int, default=7871)
     asked = parser.parse_args()
-    wanted = references(12)
+    wanted = references(8)
     counts, seconds, memory = Counter(), [], []
     with tempfile.TemporaryDirectory() as folder, server(asked.port, asked.waiting) as (own, url):
         warm = User(url, wanted, time.monotonic() + 5, folder, counts, seconds)
