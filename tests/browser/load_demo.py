@@ -86,7 +86,11 @@ def server(port, waiting):
         [*command, "--queue", str(waiting)], stdout=subprocess.PIPE, text=True
     )
     try:
-        yield psutil.Process(started.pid), started.stdout.readline().split()[0]
+        for line in started.stdout:
+            if line.startswith("http"):
+                yield psutil.Process(started.pid), line.split()[0]
+                return
+        raise SystemExit("the server has stopped")
     finally:
         started.terminate()
         started.wait(30)
@@ -99,13 +103,15 @@ def main():
     parser.add_argument("--waiting", type=int, default=24, help="bound of the queue")
     parser.add_argument("--port", type=int, default=7871)
     asked = parser.parse_args()
-    wanted = references(8)
     counts, seconds, memory = Counter(), [], []
     with tempfile.TemporaryDirectory() as folder, server(asked.port, asked.waiting) as (own, url):
+        wanted = references(8)
+        print("server and references are ready", flush=True)
         warm = User(url, wanted, time.monotonic() + 5, folder, counts, seconds)
         warm.run()
         counts.clear(), seconds.clear()
         users = [User(url, wanted, 0.0, folder, counts, seconds) for _ in range(asked.users)]
+        print("users are connected", flush=True)
         until = time.monotonic() + asked.seconds
         for user in users:
             user.until = until
