@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 import dittune
+from dittune.errors import ConfigError
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.controls import NONE, MethodPicker
 from dittune.pipelines.demo.parts import (
@@ -99,6 +100,7 @@ class GenerateTab:
         try:
             methods = self.picker.methods(method, settings)
             files = (masks or []) if method in TAKE_MASKS else []
+            refuse_folder(methods.get(method, {}).get("masks", ""))
             if files:
                 methods[method]["masks"] = MASKS
             call = negative, steps, guidance, size
@@ -126,6 +128,18 @@ class GenerateTab:
                 [*pair.masks, pair.after],
             ),
         }  # fmt: skip
+
+
+def refuse_folder(masks: str) -> None:
+    """A visitor's boxes are read, folders of the server are not.
+
+    Raises:
+        ConfigError: these are no boxes.
+    """
+    if masks and ":" not in masks:
+        raise ConfigError(
+            f"masks are written 'x0,y0,x1,y1: SUBJECT' here, got {masks!r}; upload pictures instead"
+        )
 
 
 def picture(label: str, alt: str, height: int = 320) -> gr.Image:

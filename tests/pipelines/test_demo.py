@@ -192,6 +192,8 @@ def test_bad_uploads_are_refused(tabs, model, tmp_path, monkeypatch):
     updates = generate(tabs, model, "isolation", masks=[str(bad)], **CASES["isolation"])
     assert "mask.png is no PNG" in updates[-1][tabs.generate.line]
     assert 'role="alert"' in updates[-1][tabs.generate.line]
+    updates = generate(tabs, model, "isolation", **{**CASES["isolation"], "masks": str(tmp_path)})
+    assert "upload pictures instead" in updates[-1][tabs.generate.line]
     Image.new("L", (8, 8)).save(bad, format="BMP")
     with pytest.raises(ConfigError, match="is no PNG"):
         uploads.check_mask(bad)
