@@ -145,5 +145,10 @@ def serve(model: str | None, port: int, share: bool, waiting: int, device: str, 
         page = launch(studio, port, share, waiting, prevent_thread_lock=True, quiet=True)
     except OSError as error:  # what gradio says of it is about its own settings
         raise DittuneError(f"cannot serve at port {port}: it is taken; add --port") from error
+    except ValueError as error:  # its look at its own address failed
+        raise DittuneError(
+            "the page does not answer at 127.0.0.1: is a proxy set (then NO_PROXY=127.0.0.1), or "
+            "the machine too busy? Try again"
+        ) from error
     print(page.local_url, page.share_url or "", flush=True)
     page.block_thread()

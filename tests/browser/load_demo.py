@@ -105,7 +105,7 @@ def main():
     asked = parser.parse_args()
     counts, seconds, memory = Counter(), [], []
     with tempfile.TemporaryDirectory() as folder, server(asked.port, asked.waiting) as (own, url):
-        wanted = references(8)
+        wanted = references(4)
         print("server and references are ready", flush=True)
         warm = User(url, wanted, time.monotonic() + 5, folder, counts, seconds)
         warm.run()
