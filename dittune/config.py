@@ -111,11 +111,16 @@ def write_yaml(config: RunConfig) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def preset(model: str) -> dict[str, Any]:
-    """Recommended settings of a model; its `methods` are defaults for methods, it selects none."""
+def preset_files() -> dict[str, Path]:
+    """The file of each preset, by model."""
     spec = importlib.util.find_spec("dittune.samples")
     folder = Path(next(iter(spec.submodule_search_locations))) / "presets"
-    found = {path.stem: path for path in folder.glob("*.yaml")}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def preset(model: str) -> dict[str, Any]:
+    """Recommended settings of a model; its `methods` are defaults for methods, it selects none."""
+    found = preset_files()
     return read_yaml(found[model]) if model in found else {}
 
 

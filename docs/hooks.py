@@ -6,8 +6,6 @@ defaults of its dataclass and the words of its docstring, so that no page can sa
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 import shutil
 from pathlib import Path
@@ -43,35 +41,13 @@ def on_page_markdown(markdown, **_):
 
 
 def settings_table(name: str) -> str:
-    """The settings of a method as a Markdown table.
-
-    Raises:
-        LookupError: a field that no docstring of the class or of its bases describes.
-    """
+    """The settings of a method as a Markdown table."""
     import dittune
+    from dittune.pipelines.settings import settings_of
 
-    cls = dittune.load_method(name)
-    about: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            about |= described(base)
     rows = ["| setting | type | default | what it is |", "| --- | --- | --- | --- |"]
-    own = [f for f in dataclasses.fields(cls) if f.name not in ("start", "stop")]
-    own += [f for f in dataclasses.fields(cls) if f.name in ("start", "stop")]
-    for field in own:
-        if field.name not in about:
-            raise LookupError(f"{cls.__name__} does not describe {field.name} in its docstring")
-        kind = field.type.replace(" | ", " or ")
-        cells = (f"`{field.name}`", f"`{kind}`", f"`{field.default!r}`", about[field.name])
+    for setting in settings_of(dittune.load_method(name)):
+        kind = setting.type.replace(" | ", " or ")
+        cells = (f"`{setting.name}`", f"`{kind}`", f"`{setting.default!r}`", setting.help)
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
-
-
-def described(cls: type) -> dict[str, str]:
-    """The section `Args:` of a class's own Google docstring, by name."""
-    text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
-    if not section:
-        return {}
-    entries = re.findall(r"^    (\w+): ((?:.*\n?)(?:     .*\n?)*)", section[1], re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in entries}

@@ -11,6 +11,7 @@ import typer
 
 from dittune.pipelines.cli_bench import bench_app
 from dittune.pipelines.cli_config import config_app
+from dittune.pipelines.cli_demo import demo
 from dittune.pipelines.cli_options import (
     ConfigFile,
     Device,
@@ -70,6 +71,7 @@ def generate(
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
     show_maps: Annotated[bool, typer.Option(help="also draw where concepts are seen")] = False,
+    maps_of: Annotated[str | None, typer.Option(help="'red, circle': maps of these")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +86,7 @@ def generate(
         method = [*(method or ()), "regions"]
         set_ = [*(set_ or ()), f"regions.regions={regions}"]
     resolved = resolve_flags(config, from_, flags, method, set_)
-    make(resolved, out, ".png", dry_run, as_json, show_maps)
+    make(resolved, out, ".png", dry_run, as_json, "" if show_maps and not maps_of else maps_of)
 
 
 app.command("video")(video)
@@ -92,6 +94,7 @@ app.command("eval")(evaluate)
 app.command("headhunt")(headhunt)
 app.command("story")(story)
 app.command("story-eval")(story_eval)
+app.command("demo")(demo)
 
 
 @app.command()

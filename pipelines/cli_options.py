@@ -79,9 +79,13 @@ def resolve_flags(config: Path | None, source: Path | None, flags: dict, method,
 
 
 def make(
-    config: Any, out: Path, suffix: str, dry_run: bool, as_json: bool, show_maps: bool = False
+    config: Any, out: Path, suffix: str, dry_run: bool, as_json: bool, maps_of: str | None = None
 ) -> None:
-    """What `generate` and `video` do with a resolved configuration."""
+    """What `generate` and `video` do with a resolved configuration.
+
+    Args:
+        maps_of: concepts to draw maps of; "" are those of the prompt, None draws nothing.
+    """
     from dittune.config import write_yaml
     from dittune.pipelines import generate as generation
 
@@ -97,7 +101,8 @@ def make(
     if len(todo) < total:
         say(f"{total - len(todo)} of {total} {what} are there already")
     made = []
-    for job, record in generation.run(config, todo, pipeline, show_maps) if todo else ():
+    shown = generation.run(config, todo, pipeline, maps_of is not None, maps_of or "")
+    for job, record in shown if todo else ():
         if drawn and not made:
             say(f"seed {config.seed}")
         made.append({"path": str(job.path), **record})

@@ -30,13 +30,13 @@ MASKS_HELP = "maps (the model's own attention), shapes, or MODULE:FUNCTION, a se
 
 def story(
     subject: Annotated[list[str], typer.Option(help="prompt of a reference: 'a red circle'")],
-    scenes: Annotated[Path, typer.Option(help="one scene a line; it names its subjects")],
+    scenes: Annotated[Path | None, typer.Option(help="one scene a line; names subjects")] = None,
     masks: Annotated[str, typer.Option(help=MASKS_HELP)] = "maps",
     model: Model = None,
     method: Methods = None,
     set_: Sets = None,
     config: ConfigFile = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the first reference")] = 0,
+    seed: Annotated[int | None, typer.Option(help="of the first reference, 0 if absent")] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     size: Size = None,
@@ -48,14 +48,19 @@ def story(
     """Make scenes in which the same subjects appear; run again, it continues where it stopped.
 
     The method is `isolation` if none is given; `shared_attention` is the other one for subjects.
+    Without --scenes, those are the prompts of the --config.
     """
+    from dittune.config import read_yaml
     from dittune.pipelines import generate as generation
     from dittune.pipelines.story import Story
 
     flags = {"model": model, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"size": size, "device": device, "dtype": dtype}
     flags["prompts"] = read_prompts(None, scenes)
-    resolved = resolve_flags(config, None, flags, method or ["isolation"], set_)
+    given = read_yaml(config) if config else {}
+    wanted = method or ([] if given.get("methods") else ["isolation"])
+    resolved = resolve_flags(config, None, flags, wanted, set_)
+    resolved.seed = resolved.seed or 0
     generation.check(resolved)
     made = []
     for row in (tale := Story(resolved, subject, masks, out)).run():

@@ -22,6 +22,8 @@ from dittune.pipelines.media import read_record, save_png
 from dittune.pipelines.pipeline import Pipeline, public_name
 from dittune.pipelines.video import save_video
 
+WATCHING = ("map_pictures", "head_pictures")  # they change nothing, and records leave them out
+
 
 @dataclass(frozen=True)
 class Job:
@@ -89,11 +91,16 @@ def prepare(config: RunConfig, out: Path, suffix: str = ".png") -> list[Job]:
 
 
 def run(
-    config: RunConfig, todo: list[Job], pipeline: Pipeline, show_maps: bool = False
+    config: RunConfig,
+    todo: list[Job],
+    pipeline: Pipeline,
+    show_maps: bool = False,
+    maps_of: str = "",
 ) -> Iterator[tuple[Job, dict]]:
     """Make the images or videos one by one; yields each with its record once it is on disk.
 
-    With `show_maps` a second picture, `NAME-maps.png`, shows where each concept was looked at.
+    With `show_maps` a second picture, `NAME-maps.png`, shows where each concept was looked at;
+    `maps_of` names them, else they are those of the prompt.
 
     Raises:
         ConfigError: the model makes videos and pictures are to be made, or the other way round.
@@ -102,7 +109,7 @@ def run(
     if todo and films != (todo[0].path.suffix == ".mp4"):
         made, command = ("videos", "video") if films else ("pictures", "generate")
         raise ConfigError(f"{public_name(config.model)} makes {made}; use `dittune {command}`")
-    watch = WatchWords()
+    watch = WatchWords(concepts=maps_of)
     if show_maps:
         pipeline.methods = [watch, *pipeline.methods]
     arguments = call_settings(pipeline.pipe, config)
@@ -119,7 +126,7 @@ def run(
             "config": _settings(config, job),
             "weights": weights,
             **{key: result.record[key] for key in ("device", "dtype", "versions")},
-            "report": {k: v for k, v in result.record["report"].items() if k != watch.name},
+            "report": {k: v for k, v in result.record["report"].items() if k not in WATCHING},
         }
         if show_maps:
             path = job.path.with_name(f"{job.path.stem}-maps.png")

@@ -126,10 +126,14 @@ class Story:
                 raise ConfigError(f"{path} was made with other settings; choose another --out")
         return left
 
-    def run(self) -> Iterator[SceneRow]:
-        """Make what is missing; yields each scene once it is on disk."""
+    def run(self, pipeline: Pipeline | None = None) -> Iterator[SceneRow]:
+        """Make what is missing; yields each scene once it is on disk.
+
+        Args:
+            pipeline: with the methods of the configuration; None loads it.
+        """
         todo = self.todo()
-        pipeline = load(self.config) if todo else None
+        pipeline = pipeline or (load(self.config) if todo else None)
         methods = pipeline.methods if todo else []
         for k in todo:
             yield self._scene(pipeline, methods, k)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -72,14 +72,14 @@ class SoftPAG(Method):
 
     heads: str = ""
     first: int | None = None
-    perturbation: str = "identity"
+    perturbation: str = field(default="identity", metadata={"choices": PERTURBATIONS})
     u: float = 1.0
     sigma: float = 2.0
     temperature: float = 4.0
     scale: float = 3.0
-    rows: str = "all"
-    cols: str = "all"
-    kind: str = ""
+    rows: str = field(default="all", metadata={"choices": ("all", "image")})
+    cols: str = field(default="all", metadata={"choices": ("all", "image")})
+    kind: str = field(default="", metadata={"choices": ("", *KINDS)})
     batched: bool | None = None
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ code adds rotary positions, control signals and patches in the model's order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class SparseMethod(CoreMethod):
         ConfigError: an unknown back-end; while generating, a mask of single pairs.
     """
 
-    backend: str = "auto"
+    backend: str = field(default="auto", metadata={"choices": BACKENDS})
 
     def __post_init__(self) -> None:
         super().__post_init__()

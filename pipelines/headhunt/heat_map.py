@@ -11,7 +11,11 @@ WORSE, SAME, BETTER = (178, 58, 58), (245, 245, 242), (38, 110, 150)
 
 
 def draw(
-    scores: Mapping[str, float], plain: float, selected: Sequence[str], title: str
+    scores: Mapping[str, float],
+    plain: float,
+    selected: Sequence[str],
+    title: str,
+    meaning: str = "plain",
 ) -> Image.Image:
     """One cell for each head.
 
@@ -20,6 +24,7 @@ def draw(
         plain: score of the plain model, drawn white; worse is red, better is blue.
         selected: heads in order of selection, marked with their number.
         title: above the map.
+        meaning: what `plain` is, for the key.
     """
     cells = {tuple(map(int, name.split(":"))): value for name, value in scores.items()}
     layers, heads = (max(axis) + 1 for axis in zip(*cells, strict=True))
@@ -44,9 +49,15 @@ def draw(
     for layer in range(layers):
         y = BAND + layer * CELL + CELL / 2
         pen.text((MARGIN - 8, y), f"layer {layer}", font=font, fill="black", anchor="rm")
-    key = f"plain {plain:.3f} (white), {plain - reach:.3f} (red) to {plain + reach:.3f} (blue)"
+    key = f"{meaning} {plain:.3f} (white), {plain - reach:.3f} (red) to {plain + reach:.3f} (blue)"
     pen.text((MARGIN, BAND + layers * CELL + 8), key, font=font, fill="black")
     return picture
+
+
+def head_at(scores: Mapping[str, float], x: float, y: float) -> str | None:
+    """The `layer:head` drawn at a pixel; None beside the cells."""
+    place = f"{int((y - BAND) // CELL)}:{int((x - MARGIN) // CELL)}"
+    return place if place in scores else None
 
 
 def _color(value: float) -> tuple[int, ...]:

@@ -1,0 +1,113 @@
+"""The tab for videos: the same prompt and seed without a method and with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from dittune.config import preset
+from dittune.pipelines.demo import status
+from dittune.pipelines.demo.controls import MethodPicker
+from dittune.pipelines.demo.parts import (
+    LANE,
+    Buttons,
+    CallSettings,
+    Repeat,
+    configuration,
+    seed_row,
+    work_on,
+)
+from dittune.pipelines.demo.repeat import video_command, yaml_command
+from dittune.pipelines.demo.studio import Studio
+from dittune.pipelines.demo.works import Pair, make_pair
+
+METHODS = ["radial", "softpag", "merge_padding"]
+NO_MODEL = (
+    "### No video model here\n"
+    "This version of dittune bundles none. Start the page with one of your own, "
+    "`dittune demo --model FOLDER`: Wan, HunyuanVideo, CogVideoX or LTX-Video."
+)
+
+
+class VideoTab:
+    """Its components and what its button does; only a message where no model makes videos."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+        names = studio.models(videos=True)
+        if not names:
+            gr.Markdown(NO_MODEL)
+            return
+        recommended = preset(names[0])
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=320):
+                self.model = gr.Dropdown(
+                    names, value=names[0], label="Model", visible=len(names) > 1
+                )
+                self.prompt = gr.Textbox("a red circle moving right", label="Prompt", lines=2)
+                self.frames = gr.Number(recommended.get("frames", 17), precision=0, label="Frames")
+                self.fps = gr.Number(
+                    recommended.get("fps", 16), precision=0, minimum=1, label="Frames a second"
+                )
+                self.picker = MethodPicker(names[0], METHODS, "radial")
+                self.seed = seed_row(7)
+                self.call = CallSettings(names[0])
+                self.buttons = Buttons("Film")
+            with gr.Column(scale=3, min_width=320):
+                self.line = gr.HTML(status.IDLE)
+                with gr.Row():
+                    self.before, self.after = (
+                        gr.Video(label=label, interactive=False, autoplay=True, loop=True)
+                        for label in ("Before", "After")
+                    )
+                self.repeat = Repeat()
+        running = self.buttons.start.click(
+            self.film,
+            [self.model, self.prompt, self.seed, self.frames, self.fps, self.picker.choice,
+             *self.call.components, *self.picker.components],
+            [self.line, self.before, self.after, *self.repeat.components],
+            api_name="video", show_progress="minimal", show_progress_on=self.line, **LANE,
+        )  # fmt: skip
+        self.buttons.wire(studio, self.line, [running])
+
+    def film(
+        self,
+        request: gr.Request,
+        model: str,
+        prompt: str,
+        seed: int | None,
+        frames: int | None,
+        fps: int,
+        method: str,
+        negative: str,
+        steps: int,
+        guidance: float | None,
+        size: str,
+        *settings: Any,
+    ) -> Iterator[dict]:
+        """Make a video without a method and one with it; both from the same seed."""
+        try:
+            config = configuration(
+                self.studio, model, [prompt], seed, (negative, steps, guidance, size),
+                self.picker.methods(method, settings), frames=frames, fps=fps or 1,
+            )  # fmt: skip
+        except Exception as error:
+            yield {self.line: status.failed(error)}
+            return
+
+        def show(pair: Pair) -> dict:
+            return {
+                self.line: status.done(f"Done in {pair.seconds:.1f} s, seed {config.seed}."),
+                self.before: pair.before and str(pair.before),
+                self.after: str(pair.after),
+                **self.repeat.show(
+                    video_command(config), config, yaml_command("video"), [pair.after]
+                ),
+            }
+
+        yield from work_on(
+            self.studio, request, self.line,
+            lambda watch: make_pair(self.studio, watch, config, suffix=".mp4"), show,
+        )  # fmt: skip
