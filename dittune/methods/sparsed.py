@@ -11,7 +11,7 @@ a few queries of each block are asked instead of all, and logits are scaled as t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class SparseD(CoreMethod):
     block: int = 128
     queries: int = 16
     patterns: str = ""
-    backend: str = "auto"
+    backend: str = field(default="auto", metadata={"choices": BACKENDS})
 
     def __post_init__(self) -> None:
         super().__post_init__()

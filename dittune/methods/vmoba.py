@@ -14,7 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +72,8 @@ class Vmoba(CoreMethod):
     start: float = 0.25
     chunks: str = "7x1x1, 1x6x4, 3x6x4"
     keep: float = 0.25
-    select: str = "query"
-    backend: str = "auto"
+    select: str = field(default="query", metadata={"choices": SELECT})
+    backend: str = field(default="auto", metadata={"choices": BACKENDS})
 
     def __post_init__(self) -> None:
         super().__post_init__()
