@@ -134,6 +134,7 @@ def test_a_pipeline_computes_what_training_computed(family, work, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].compiles])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of its compiler
 def test_compiled_bf16_gradients_are_as_good_as_eager_ones(family, work):
     """A compiler has miscompiled the autoencoder; where it does so here, do not compile."""
     torch.manual_seed(0)
