@@ -33,6 +33,7 @@ _LAZY = {
     "Isolation": "dittune.methods.isolation",
     "Radial": "dittune.methods.radial",
     "Regions": "dittune.methods.regions",
+    "Reweight": "dittune.methods.reweight",
     "SharedAttention": "dittune.methods.shared_attention",
     "Natten": "dittune.methods.natten",
     "ScaleDiT": "dittune.methods.scale_dit",
@@ -56,6 +57,7 @@ __all__ = [
     "Pipeline",
     "Radial",
     "Regions",
+    "Reweight",
     "ScaleDiT",
     "SharedAttention",
     "SoftPAG",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from dittune.methods.natten import Natten
     from dittune.methods.radial import Radial
     from dittune.methods.regions import Regions
+    from dittune.methods.reweight import Reweight
     from dittune.methods.scale_dit import ScaleDiT
     from dittune.methods.shared_attention import SharedAttention
     from dittune.methods.softpag import SoftPAG

@@ -24,6 +24,7 @@ NEUTRAL = {
     "a_star": [{"scale": 0.0}, {"stop": 0.0}],
     "conform": [{"scale": 0.0}, {"stop": 0.0}, {"stop": 1.0, "refinements": 0}],  # one concept
     "attention_regulation": [{"scale": 0.0}, {"start": 0.3, "stop": 0.3}],
+    "reweight": [{}, {"weights": "circle:1"}, {"weights": "red:2", "stop": 0.0}],
     "shared_attention": [{"references": 0}, {"keep": 0.0}, {"start": 0.5, "stop": 0.5}],
     "isolation": [
         {},
@@ -54,6 +55,7 @@ ACTIVE = {
     "a_star": [{}, {"concepts": "red, circle", "scale": 5.0, "checkpointing": True}],
     "conform": [{"concepts": "red, circle", "stop": 1.0, "refinements": 1}],
     "attention_regulation": [{}, {"concepts": "red+circle", "scale": 2.0, "layers": "0"}],
+    "reweight": [{"weights": "circle:2, red:-1"}],
     "shared_attention": [{}, {"subjects": "red circle", "masks": BOXES.partition(";")[0]}],
     "isolation": [
         {"subjects": "red circle", "isolate": False},
