@@ -28,6 +28,7 @@ from dittune.pipelines.demo.controls import MethodPicker, defaults  # noqa: E402
 from dittune.pipelines.demo.gallery_tab import GalleryTab  # noqa: E402
 from dittune.pipelines.demo.generate_tab import GenerateTab  # noqa: E402
 from dittune.pipelines.demo.page import build, launch  # noqa: E402
+from dittune.pipelines.demo.parts import configuration  # noqa: E402
 from dittune.pipelines.demo.preview import decode  # noqa: E402
 from dittune.pipelines.demo.story_tab import StoryTab  # noqa: E402
 from dittune.pipelines.demo.studio import CANCELLED, Studio  # noqa: E402
@@ -122,6 +123,13 @@ def test_a_preset_fills_the_controls_of_its_model():
     )
     assert heads["heads"] == defaults("shapes-sd", "softpag")["heads"]
     assert heads["heads"] != picker.methods("softpag", values(picker))["softpag"]["heads"] != ""
+
+
+@pytest.mark.parametrize(("given", "size"), [("", "64"), (None, "64"), (" 32x48 ", "32x48")])
+def test_an_empty_size_is_that_of_the_preset(given, size):
+    anywhere = SimpleNamespace(device="auto", dtype="auto")
+    made = configuration(anywhere, "shapes-flux", ["x"], 7, ("", 1, None, given), {})
+    assert made.size == size and resolve({"model": "shapes-flux"}).size == "64"
 
 
 CASES = {
