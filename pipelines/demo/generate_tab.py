@@ -50,7 +50,7 @@ class GenerateTab:
                     model.value, dittune.available_methods(), "softpag", choice
                 )
                 self.masks = gr.File(
-                    label="Masks: a PNG for each subject, in their order; bright is inside",
+                    label="Masks: a PNG a subject, bright where it is",
                     file_count="multiple",
                     file_types=[".png"],
                     visible=False,

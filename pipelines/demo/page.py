@@ -45,6 +45,9 @@ CSS = """
 .seed {align-items: end}
 .seed button {flex: 0 0 auto; min-height: 42px}
 .picture .fixed-height {min-height: 120px !important; max-height: none !important}
+.picture .caption-label {
+  bottom: 2px; right: 2px; padding: 0 .4em; font-size: .75em; opacity: .85
+}
 .heads img {cursor: pointer; object-fit: contain}
 .card {
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary);

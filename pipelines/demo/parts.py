@@ -48,7 +48,7 @@ class CallSettings:
                 label="Guidance scale",
                 info="classifier-free guidance; 1 is off, empty is the model's own",
             )
-            self.size = gr.Textbox(label="Size", info="SIDE or WIDTHxHEIGHT; empty: the model's")
+            self.size = gr.Textbox(label="Size", info="SIDE or WIDTHxHEIGHT; empty is the preset's")
         self.components = [self.negative, self.steps, self.guidance, self.size]
 
 
@@ -87,12 +87,13 @@ def configuration(
         "negative_prompt": negative or "",
         "seed": secrets.randbelow(MOST_SEED) if seed is None else int(seed),
         "steps": int(steps),
-        "size": (size or "").strip(),
         "device": studio.device,
         "dtype": studio.dtype,
         "methods": methods,
         **more,
     }
+    if (size or "").strip():  # else the preset's
+        content["size"] = size.strip()
     if scale is not None:
         content["guidance_scale"] = float(scale)
     return resolve(content)

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+import dittune
 from dittune.errors import ConfigError
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.controls import MethodPicker
@@ -44,7 +45,7 @@ class StoryTab:
                 )
                 self.masks = gr.Radio(
                     [("the model's own attention", "maps"), ("exact, for shapes only", "shapes")],
-                    value="maps",
+                    value="shapes" if model.value in dittune.available_checkpoints() else "maps",
                     label="Where the subjects are",
                 )
                 self.picker = MethodPicker(

@@ -210,5 +210,5 @@ def test_the_gallery_shows_a_preset_and_opens_it(page):
     visible(page, "Done in")
     shoot(page, "gallery")
     page.get_by_role("button", name="Open in Generate").first.click()
-    visible(page, "Prompt")
-    assert page.get_by_role("tab", name="Generate").get_attribute("aria-selected") == "true"
+    page.get_by_role("tab", name="Generate", selected=True).wait_for()
+    visible(page, "Method")

@@ -11,7 +11,7 @@ from dittune.errors import ConfigError, SelectionError, UnsupportedModelError
 from dittune.methods.isolation import Isolation, reposition
 from dittune.models import facts_for, sd3
 from dittune.subjects.row_groups import attend_by_plans
-from tests.test_row_groups import GRID, LAYOUTS, PICTURES, call_of, core, dense
+from tests.subjects.test_row_groups import GRID, LAYOUTS, PICTURES, call_of, core, dense
 from tests.tiny import FAMILIES, denoiser, latents
 
 PROMPTS = ["a red circle", "a blue square", "a red circle and a blue square"]

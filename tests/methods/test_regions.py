@@ -9,7 +9,7 @@ from dittune.errors import ConfigError, SelectionError
 from dittune.methods.regions import Regions
 from dittune.run import Run
 from dittune.subjects.row_groups import attend_by_plans
-from tests.test_row_groups import core
+from tests.subjects.test_row_groups import core
 from tests.tiny import FAMILIES, latents
 
 TWO = "0,0,0.5,1: red circle; 0.5,0,1,1: blue square"

@@ -10,7 +10,7 @@ from dittune.methods.shared_attention import SharedAttention
 from dittune.models import facts_for
 from dittune.subjects.row_groups import attend_by_plans
 from tests.methods.test_isolation import MASKS, PROMPTS, SUBJECTS, run_plan
-from tests.test_row_groups import LAYOUTS, PICTURES, call_of, core, dense
+from tests.subjects.test_row_groups import LAYOUTS, PICTURES, call_of, core, dense
 from tests.tiny import FAMILIES, denoiser, latents
 
 

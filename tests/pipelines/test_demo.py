@@ -28,6 +28,7 @@ from dittune.pipelines.demo.controls import MethodPicker, defaults  # noqa: E402
 from dittune.pipelines.demo.gallery_tab import GalleryTab  # noqa: E402
 from dittune.pipelines.demo.generate_tab import GenerateTab  # noqa: E402
 from dittune.pipelines.demo.page import build, launch  # noqa: E402
+from dittune.pipelines.demo.parts import configuration  # noqa: E402
 from dittune.pipelines.demo.preview import decode  # noqa: E402
 from dittune.pipelines.demo.story_tab import StoryTab  # noqa: E402
 from dittune.pipelines.demo.studio import CANCELLED, Studio  # noqa: E402
@@ -70,10 +71,10 @@ def values(picker, **changed):
             zip(picker.fields, picker.components, strict=True)]  # fmt: skip
 
 
-def generate(tabs, model, method="softpag", prompt=PROMPT, masks=None, call=CALL, **changed):
+def generate(tabs, model, method="softpag", prompt=PROMPT, files=None, call=CALL, **changed):
     tab = tabs.generate
     given = values(tab.picker, **changed)
-    return list(tab.generate(ME, model, prompt, 7, method, *call, masks, *given))
+    return list(tab.generate(ME, model, prompt, 7, method, *call, files, *given))
 
 
 def last(updates, component):
@@ -124,6 +125,13 @@ def test_a_preset_fills_the_controls_of_its_model():
     assert heads["heads"] != picker.methods("softpag", values(picker))["softpag"]["heads"] != ""
 
 
+@pytest.mark.parametrize(("given", "size"), [("", "64"), (None, "64"), (" 32x48 ", "32x48")])
+def test_an_empty_size_is_that_of_the_preset(given, size):
+    anywhere = SimpleNamespace(device="auto", dtype="auto")
+    made = configuration(anywhere, "shapes-flux", ["x"], 7, ("", 1, None, given), {})
+    assert made.size == size and resolve({"model": "shapes-flux"}).size == "64"
+
+
 CASES = {
     "softpag": {"heads": "0:1,1:*", "u": 0.25, "batched": "no", "first": 2},
     "none": {},
@@ -171,7 +179,7 @@ def test_masks_are_taken_and_offered_again(tabs, model, tmp_path, monkeypatch):
         mask.paste(255, box)
         mask.save(path := tmp_path / f"my mask {i}.png")
         masks.append(str(path))
-    updates = generate(tabs, model, "isolation", masks=masks, **CASES["isolation"])
+    updates = generate(tabs, model, "isolation", files=masks, **CASES["isolation"])
     files = [Path(file) for file in last(updates, tabs.generate.repeat.files)]
     assert [f.name for f in files[:2]] == ["0-0.png", "0-1.png"]
     assert "folder `masks`" in last(updates, tabs.generate.repeat.note)
@@ -189,7 +197,7 @@ def test_masks_are_taken_and_offered_again(tabs, model, tmp_path, monkeypatch):
 def test_bad_uploads_are_refused(tabs, model, tmp_path, monkeypatch):
     bad = tmp_path / "mask.png"
     bad.write_bytes(b"nothing")
-    updates = generate(tabs, model, "isolation", masks=[str(bad)], **CASES["isolation"])
+    updates = generate(tabs, model, "isolation", files=[str(bad)], **CASES["isolation"])
     assert "mask.png is no PNG" in updates[-1][tabs.generate.line]
     assert 'role="alert"' in updates[-1][tabs.generate.line]
     updates = generate(tabs, model, "isolation", **{**CASES["isolation"], "masks": str(tmp_path)})

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import dittune
+from dittune.samples.shapes.score import score
 
 
 @pytest.mark.parametrize("name", dittune.available_checkpoints())
@@ -28,6 +30,18 @@ def test_diffusers_alone_loads_and_runs_it(name):
     pipe.set_progress_bar_config(disable=True)
     output = pipe("a red circle", num_inference_steps=1, height=64, width=64)
     assert output.images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("name", dittune.available_checkpoints())
+def test_it_draws_what_it_is_asked_for(name):
+    pipe = DiffusionPipeline.from_pretrained(dittune.checkpoint(name))
+    pipe.set_progress_bar_config(disable=True)
+    guidance = "true_cfg_scale" if name == "shapes-flux" else "guidance_scale"
+    picture = pipe(
+        prompt := "a red circle", negative_prompt="", num_inference_steps=10, height=64, width=64,
+        generator=torch.Generator().manual_seed(0), **{guidance: 3.5},
+    ).images[0]  # fmt: skip
+    assert score(np.asarray(picture.convert("RGB")), prompt).success
 
 
 def test_the_first_example_of_the_readme():
