@@ -154,7 +154,8 @@ def test_processors_that_go_through_the_dispatcher(has_source, monkeypatch):
     layout = TokenLayout((3, 8), (0, 3), (1, 1, 5))
     with torch.no_grad():
         inert = attn(*inputs)
-        ours.installed.run = SimpleNamespace(roles=("cond",), layouts={("joint", 0): layout})
+        layouts = {("joint", 0): layout}
+        ours.installed.run = SimpleNamespace(roles=("cond",), layouts=layouts, rows_apart=0)
         ours.installed.chain = seam.stock_attention
         idle = attn(*inputs)
         ours.installed.chain = seam.Link(Double(), "state", seam.stock_attention)

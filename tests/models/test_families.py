@@ -40,7 +40,8 @@ def test_the_layout_fits_the_tokens_of_every_call(family):
     with dittune.attach(pipe, Watch()):
         height = 32 if family == "ltx" else 16
         latents(pipe, steps=1, height=height, width=3 * height, guidance_scale=0.5)
-    assert len(seen) == len(models.facts_for(denoiser(pipe)).sites(denoiser(pipe)))
+    steps = 2 if family == "mochi" else 1  # its pipeline cannot make one
+    assert len(seen) == steps * len(models.facts_for(denoiser(pipe)).sites(denoiser(pipe)))
     for site, layout, query, key in seen:
         frames, height, width = layout.grid
         assert frames == (3 if family in VIDEO_FAMILIES else 1) and width == 3 * height
