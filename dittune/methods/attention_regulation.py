@@ -9,7 +9,6 @@ Models" (arXiv 2403.06381), and its reference code.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dittune.heads import parse_layers
 from dittune.method import Method
 from dittune.run import ModelInputs, Run
 from dittune.words.attn_maps import logits, rows_at_once, word_sites
+from dittune.words.cond_core import with_core
 from dittune.words.map_losses import unevenness
 from dittune.words.tokens import (
     Concept,
@@ -105,13 +105,7 @@ class AttentionRegulation(Method):
         return model(inputs)
 
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
-        if call.chunk_of("cond") is None:
-            return proceed(call)
-        if isinstance(call.core, functools.partial):
-            raise ConfigError(
-                "attention_regulation must be listed before methods that change the attention core"
-            )
-        return proceed(call._replace(core=functools.partial(self._core, call.core)))
+        return with_core(self.name, self._core, call, proceed)
 
     def _core(self, core: Callable[[AttnCall], torch.Tensor], call: AttnCall) -> torch.Tensor:
         """The model's attention core, but regulated in the conditional rows that have words."""

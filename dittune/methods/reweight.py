@@ -6,7 +6,6 @@ attention re-weighting.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dittune.call import AttnCall, Site
 from dittune.errors import ConfigError, SelectionError
 from dittune.method import Method
 from dittune.run import ModelInputs
+from dittune.words.cond_core import with_core
 from dittune.words.tokens import parse_concepts, words_of_pictures
 
 
@@ -67,13 +67,7 @@ class Reweight(Method):
         return model(inputs)
 
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
-        if call.chunk_of("cond") is None:
-            return proceed(call)
-        if isinstance(call.core, functools.partial):
-            raise ConfigError(
-                "reweight must be listed before methods that change the attention core"
-            )
-        return proceed(call._replace(core=functools.partial(self._core, call.core)))
+        return with_core(self.name, self._core, call, proceed)
 
     def _core(self, core: Callable[[AttnCall], torch.Tensor], call: AttnCall) -> torch.Tensor:
         """The model's attention core, with the words' values multiplied for the image rows."""
