@@ -49,14 +49,27 @@ def token_labels(scene: world.Scene, tokens: int = 8) -> np.ndarray:
 class SceneLatents:
     """Training scenes with their latents, made once and kept on disk.
 
-    With `marked` > 0 each object of the same scenes is notched with that probability.
+    Args:
+        marked: the probability with which an object of the same scenes is notched (`marks.py`).
+        missing: the probability with which a picture lacks an object that its caption names, as
+            pictures of the web do. Every picture keeps one.
     """
 
-    def __init__(self, work: Path, vae_folder: Path, count: int = SCENES, marked: float = 0.0):
-        rng, draw = np.random.default_rng(3), np.random.default_rng(6)
-        self.scenes = [world.sample_scene(rng) for _ in range(count)]
+    def __init__(
+        self,
+        work: Path,
+        vae_folder: Path,
+        count: int = SCENES,
+        marked: float = 0.0,
+        missing: float = 0.0,
+    ):
+        rng, draw, lose = (np.random.default_rng(seed) for seed in (3, 6, 8))
+        self.captioned = [world.sample_scene(rng) for _ in range(count)]
+        self.scenes = [world.without_some(s, missing, lose) for s in self.captioned]
         self.marks = [marks.sample_marks(draw, len(s.objects), marked) for s in self.scenes]
-        path = work / (f"latents-{count}-marked-{marked:g}.pt" if marked else f"latents-{count}.pt")
+        shares = {"marked": marked, "missing": missing}
+        kind = "".join(f"-{name}-{share:g}" for name, share in shares.items() if share)
+        path = work / f"latents-{count}{kind}.pt"
         if not path.exists():
             vae = AutoencoderKL.from_pretrained(vae_folder).eval()
             config, parts = vae.config, []
@@ -77,7 +90,7 @@ class SceneLatents:
 
     def batch(self, size: int, rng: np.random.Generator):
         index = rng.integers(len(self.scenes), size=size)
-        scenes = [self.scenes[i] for i in index]
+        scenes = [self.captioned[i] for i in index]
         texts = ["" if rng.random() < 0.1 else world.caption(s, rng) for s in scenes]
         index = torch.from_numpy(index)
         return self.latents[index].float(), texts, self.labels[index].float() / 255

@@ -9,7 +9,8 @@ Every training stage is resumable: kill it at any time, run the same command aga
 from the last saved state in `--work`. The learning rate is constant, then falls linearly to zero
 over the last 30 % of `--steps`, so a run can be lengthened or cut short by another `--steps`.
 
-`--marked 0.8` gives four fifths of the objects a mark that no caption names (`marks.py`).
+`--marked 0.8` gives four fifths of the objects a mark that no caption names (`marks.py`);
+`--missing 0.5` leaves half of the named objects out of the pictures, as captions of the web do.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="samples per step of a family")
     parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
     parser.add_argument("--marked", type=float, default=0.0, help="share of objects with a mark")
+    parser.add_argument("--missing", type=float, default=0.0, help="share of named objects left out")
+    parser.add_argument("--scenes", type=int, help="how many training scenes or clips")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
     args = parser.parse_args()
     if (args.stage == "export") != (args.family is not None):
         parser.error("`export FAMILY` needs a family, and no other stage takes one")
-    if not 0.0 <= args.marked <= 1.0:
-        parser.error("--marked is a share in [0, 1]")
+    for name in ("marked", "missing"):
+        if not 0.0 <= getattr(args, name) <= 1.0:
+            parser.error(f"--{name} is a share in [0, 1]")
     if args.stage in autoencoders:
         autoencoders[args.stage].train(args.work / args.stage, args.steps)
     elif args.stage == "export":
@@ -48,7 +52,7 @@ def main() -> None:
         export(args.family, args.work, out)
     else:
         settings = {"init": args.init, "batch": args.batch, "compiled": not args.eager}
-        settings["marked"] = args.marked
+        settings |= {name: getattr(args, name) for name in ("scenes", "marked", "missing")}
         train_denoiser.train(args.stage, args.work, args.steps, **settings)
 
 

@@ -92,6 +92,7 @@ def train(
     scenes: int | None = None,
     compiled: bool = True,
     marked: float = 0.0,
+    missing: float = 0.0,
 ) -> None:
     """Train `work/FAMILY`; `export` makes a pipeline of it.
 
@@ -101,17 +102,18 @@ def train(
         scenes: how many training scenes or clips there are; None is the usual number.
         compiled: run through `torch.compile`.
         marked: share of objects with a mark, which no caption names (`marks.py`).
+        missing: share of the named objects that a picture lacks (`SceneLatents`).
     """
     rank, world_size = processes()
     if rank > 0:
         dist.barrier()  # the first process writes the autoencoder and the latents
     stage = FAMILIES[family].autoencoder
-    if marked and stage != "autoencoder":
-        raise ValueError(f"marked objects are for the families of pictures, not for {family}")
+    if (marked or missing) and stage != "autoencoder":
+        raise ValueError(f"marked and missing objects are for pictures, {family} makes clips")
     vae = provide_autoencoder(work, init, stage)
     options = {"count": scenes} if scenes else {}
-    if marked:
-        options["marked"] = marked
+    shares = {"marked": marked, "missing": missing}
+    options |= {name: share for name, share in shares.items() if share}
     drawn = AUTOENCODERS[stage][1](work, vae, **options)
     if rank == 0 and world_size > 1:
         dist.barrier()
