@@ -1,4 +1,4 @@
-"""Curves of success against a swept setting, as an SVG."""
+"""Curves of success against a swept setting, or against the work that was left, as SVGs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 PANEL, HEIGHT, LEFT, TOP, BOTTOM = 340, 280, 48, 34, 44
 INK, BASE = "#1f5fbf", "#8a8a85"
+INKS = (INK, "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490")
+WIDE, LEGEND = 520, 150  # of the panel of `against_work`
 
 
 def draw(
@@ -59,6 +61,49 @@ def draw(
         parts += [f'<circle cx="{x:.1f}" cy="{h:.1f}" r="3.5" fill="{INK}"/>' for x, h in points]
         parts.append(f'<text x="{(left + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle" '
                      f'font-weight="bold">{name}</text>')  # fmt: skip
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def against_work(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> str:
+    """One panel: paired differences of success, with 95 % intervals, over the pairs computed.
+
+    Args:
+        sweeps: rows of `summarize` by `LABEL.FIELD`, each with `computed` and `difference`.
+    """
+    rows = [row for group in sweeps.values() for row in group]
+    low = min(0.0, *(row["difference"][1] for row in rows)) - 0.02
+    high = max(0.0, *(row["difference"][2] for row in rows)) + 0.02
+    right, bottom = LEFT + WIDE, HEIGHT - BOTTOM
+
+    def y(gap: float) -> float:
+        return TOP + (high - gap) / (high - low) * (bottom - TOP)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + LEGEND} {HEIGHT}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{right + LEGEND}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="16" font-size="13">points of success against dense, {title}</text>',
+    ]
+    for tick in range(5):
+        gap = low + (high - low) * tick / 4
+        parts.append(_line(LEFT, y(gap), right, y(gap), "#e4e4e0"))
+        parts.append(f'<text x="{LEFT - 6}" y="{y(gap) + 4:.1f}" text-anchor="end">'
+                     f"{100 * gap:+.0f}</text>")  # fmt: skip
+        x = LEFT + WIDE * tick / 4
+        parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{tick / 4:.0%}</text>')
+    parts.append(_line(LEFT, y(0), right, y(0), BASE, ' stroke-dasharray="5 4"'))
+    parts.append(f'<text x="{LEFT + WIDE / 2}" y="{HEIGHT - 8}" text-anchor="middle" '
+                 'font-weight="bold">pairs of image tokens computed</text>')  # fmt: skip
+    for i, (name, group) in enumerate(sweeps.items()):
+        ink, points = INKS[i % len(INKS)], []
+        for row in sorted(group, key=lambda row: row["computed"]):
+            x, (gap, least, most) = LEFT + WIDE * row["computed"], row["difference"]
+            points.append(f"{x:.1f},{y(gap):.1f}")
+            parts.append(_line(x, y(least), x, y(most), ink, ' stroke-opacity="0.5"'))
+            parts.append(f'<circle cx="{x:.1f}" cy="{y(gap):.1f}" r="3.5" fill="{ink}">'
+                         f"<title>{row['variant']}</title></circle>")  # fmt: skip
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{ink}"/>')
+        parts.append(f'<text x="{right + 12}" y="{TOP + 16 * i + 10}" fill="{ink}">{name}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

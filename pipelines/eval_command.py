@@ -49,7 +49,8 @@ def eval_command(
 
     Returns:
         The table as Markdown, and the document for `--json`; both are also written to `out`, with
-        `curves.svg` if there are sweeps. None in all processes but the first.
+        `curves.svg` if there are sweeps, and `work.svg` if these are of sparse methods. None in all
+        processes but the first.
 
     Raises:
         ConfigError: a variant, sweep, prompt or objective that cannot be understood.
@@ -108,6 +109,11 @@ def eval_command(
         }
         picture = curves.draw(lines, rows[0], f"{public_name(config.model)}, {prompts} prompts")
         (out / "curves.svg").write_text(picture, encoding="utf-8")
+        if all(
+            "computed" in row and row["difference"] for group in lines.values() for row in group
+        ):
+            picture = curves.against_work(lines, f"{public_name(config.model)}, {prompts} prompts")
+            (out / "work.svg").write_text(picture, encoding="utf-8")
     return table, document
 
 

@@ -113,6 +113,9 @@ def _row(label: str, own: Sequence[ImageScore], baseline: Sequence[ImageScore]) 
     unsteady = [s.flicker for s in own if not math.isnan(s.flicker)]
     if unsteady:
         row["flicker"] = round(float(np.mean(unsteady)), 4)
+    computed = [s.computed for s in own if not math.isnan(s.computed)]
+    if computed:
+        row["computed"] = round(float(np.mean(computed)), 4)
     row["seconds_per_image"] = round(float(np.median([s.seconds for s in own])), 4)
     row["peak_mib"] = max(s.peak_mib for s in own)
     return row
@@ -132,7 +135,8 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     head = ["variant", "images", *shares, "difference", "failures removed"]
     head += ["objective", "its difference"] if judged else []
     filmed = any("flicker" in row for row in rows)
-    head += ["flicker"] * filmed + ["s/image", "peak MiB"]
+    is_sparse = any("computed" in row for row in rows)
+    head += ["flicker"] * filmed + ["pairs computed"] * is_sparse + ["s/image", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row["variant"], str(row["images"])]
@@ -150,6 +154,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{row['objective']:.3f}")
             cells.append("" if gap is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gap))
         cells += [f"{row['flicker']:.2f}" if "flicker" in row else ""] * filmed
+        cells += [f"{row['computed']:.0%}" if "computed" in row else ""] * is_sparse
         cells += [f"{row['seconds_per_image']:.2f}", f"{row['peak_mib']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

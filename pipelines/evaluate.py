@@ -24,7 +24,7 @@ from dittune.method import Method
 from dittune.pipelines.arguments import guidance, read_lines
 from dittune.pipelines.headhunt.objectives import Objective
 from dittune.pipelines.media import grid
-from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.pipeline import Pipeline, Result
 from dittune.pipelines.row_log import RowLog
 from dittune.pipelines.scorers import PICTURES, Scorer
 from dittune.pipelines.team import Team
@@ -50,6 +50,7 @@ class ImageScore:
     """One scored image or video. `success` is everything the prompt asks for and nothing else.
 
     `objective` is a further score, nan if none was asked for; `flicker` is of videos only.
+    `computed` is the share of the pairs of image tokens that a sparse method computed, else nan.
     """
 
     variant: str
@@ -64,6 +65,7 @@ class ImageScore:
     seconds: float
     peak_mib: float
     flicker: float = math.nan
+    computed: float = math.nan
 
 
 def load_prompts(
@@ -154,11 +156,11 @@ def evaluate(
     return sorted(asked_scores, key=lambda s: list(todo).index(s.variant))
 
 
-def _make(pipeline, variant: Variant, prompts, seeds, settings) -> list:
+def _make(pipeline, variant: Variant, prompts, seeds, settings) -> Result:
     pipeline.methods = list(variant.methods)
     if variant.guidance_scale is not None:
         settings = {**settings, **guidance(pipeline.pipe, variant.guidance_scale)}
-    return pipeline(prompts, seed=seeds, progress=False, **settings).images
+    return pipeline(prompts, seed=seeds, progress=False, **settings)
 
 
 def _score_batch(
@@ -167,8 +169,9 @@ def _score_batch(
     prompts, seeds = [list(column) for column in zip(*jobs, strict=True)]
     started = time.perf_counter()
     with PeakMemory() as memory:
-        images = _make(pipeline, variant, prompts, seeds, settings)
-    seconds = (time.perf_counter() - started) / len(jobs)
+        result = _make(pipeline, variant, prompts, seeds, settings)
+    seconds, images = (time.perf_counter() - started) / len(jobs), result.images
+    shares = [said["computed"] for said in result.record["report"].values() if "computed" in said]
     further = objective(images, prompts) if objective else [math.nan] * len(images)
     found = []
     for prompt, seed, image, value in zip(prompts, seeds, images, further, strict=True):
@@ -180,6 +183,7 @@ def _score_batch(
                 objective=float(value),
                 seconds=round(seconds, 4),
                 peak_mib=round(memory.mib, 1),
+                computed=round(min(shares, default=math.nan), 4),
                 **scorer.judge(image, prompt)._asdict(),
             )
         )
@@ -222,7 +226,7 @@ def _write_grid(pipeline, variants, seed: int, prompts, out: Path, scorer, setti
     chosen = [prompts[int(i)] for i in np.linspace(0, len(prompts) - 1, GRID_PROMPTS)]
     pictures = []
     for variant in variants:
-        made = _make(pipeline, variant, chosen, [seed] * len(chosen), settings)
+        made = _make(pipeline, variant, chosen, [seed] * len(chosen), settings).images
         pictures += [scorer.show(image) for image in made]
     labels = [f"{v.label}: {p}" for v in variants for p in chosen]
     grid(pictures, columns=len(chosen), labels=labels).save(out / "grid.png")

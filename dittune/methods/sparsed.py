@@ -170,7 +170,10 @@ class SparseD(CoreMethod):
         return Ready(plan_of(kept.to(device), frame), frame.place, backend)
 
     def report(self, run: Run) -> dict[str, Any]:
-        """Sites with a pattern, its share of the image's blocks, and of the mass when measured."""
+        """Sites with a pattern, its share of the image's blocks, and of the mass when measured.
+
+        `computed` is the share of the image's blocks over the whole generation.
+        """
         memory = run.memory(self)
         plans = [ready.plan for _, ready in getattr(memory, "ready", {}).values()]
         if not plans:
@@ -184,7 +187,9 @@ class SparseD(CoreMethod):
             used -= len(plan.heads) * (rows * columns - image**2)
             every += len(plan.heads) * image**2
         recall = {"recall": float(torch.stack(memory.shares).mean())} if memory.shares else {}
-        return {"sites": len(plans), "image_density": used / every, **recall}
+        share, measured = used / every, int(bool(memory.shares))
+        computed = self.computed(run, share, dense_steps=measured)
+        return {"sites": len(plans), "image_density": share, "computed": computed, **recall}
 
 
 def _name(denoiser: str, site: Site) -> str:

@@ -134,9 +134,10 @@ class Vmoba(CoreMethod):
         return out if call.repeats == 1 else count_again(out, lse, call, scale)
 
     def report(self, run: Run) -> dict[str, Any]:
-        """Share of the pairs of video tokens that were computed, over steps and sparse layers."""
+        """Share of the pairs of video tokens computed: in sparse steps and layers, and of all."""
         shares = getattr(run.memory(self), "shares", [])
-        return {"image_density": float(torch.stack(shares).mean()) if shares else 1.0}
+        share = float(torch.stack(shares).mean()) if shares else 1.0
+        return {"image_density": share, "computed": self.computed(run, share)}
 
 
 def by_query(scores: torch.Tensor, owner: torch.Tensor, keep: float) -> torch.Tensor:

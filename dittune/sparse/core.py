@@ -13,6 +13,7 @@ from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
 from dittune.heads import parse_layers
 from dittune.method import Method
+from dittune.run import Run
 
 GEOMETRIES = 8  # of which one method keeps what it has built, for each kind of site
 
@@ -99,6 +100,20 @@ class CoreMethod(Method):
         if call.query.shape[2] != call.key.shape[2]:
             return stock(call)
         return self.core(stock, state, call)
+
+    def computed(self, run: Run, share: float, dense_steps: int = 0) -> float:
+        """Share of the pairs of image tokens computed in a generation, all layers and steps alike.
+
+        Args:
+            run: the generation.
+            share: of them, where the method acts.
+            dense_steps: steps at which it acts, but leaves attention dense.
+        """
+        sites = run.host.facts.sites(run.host.model)
+        kinds = {site.kind for site in self.sites(sites)}
+        layers = len(self.sites(sites)) / sum(site.kind in kinds for site in sites)
+        acts = sum(self.acts_at(step, run.num_steps) for step in range(run.num_steps))
+        return 1 - layers * (1 - share) * max(0, acts - dense_steps) / max(run.num_steps, 1)
 
     def real_text(self, call: AttnCall) -> torch.Tensor | None:
         """How many of the first text tokens are no padding, int `[B]`; None without a mask.

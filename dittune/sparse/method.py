@@ -94,8 +94,10 @@ class SparseMethod(CoreMethod):
         return ready(self.extended(call), scale, self.real_text(call))
 
     def report(self, run: Run) -> dict[str, Any]:
-        """Back-end and densities, by kind and stage of the sites."""
+        """Back-end and densities, by kind and stage of the sites; `computed`, of the generation."""
         ready = getattr(run.memory(self), "ready", {})
-        return {
+        places = {
             f"{kind} {stage}" if stage else kind: r.report for (kind, stage), r in ready.items()
         }
+        share = sum(r["image_density"] for r in places.values()) / max(len(places), 1)
+        return {**places, "computed": self.computed(run, share)} if places else {}

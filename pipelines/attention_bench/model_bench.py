@@ -192,8 +192,8 @@ def _tokens(model: nn.Module, inputs: dict[str, Any]) -> int:
 
 def _density(report: dict[str, Any]) -> float:
     """Methods report it as a whole, or by kind of site; there is one here."""
-    (inside,) = [report] if "image_density" in report else report.values()
-    return inside["image_density"]
+    inside = [report] if "image_density" in report else report.values()
+    return next(part["image_density"] for part in inside if isinstance(part, dict))
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -39,7 +40,7 @@ class Painter:
                 things = things[1:]
             scene = world.Scene(tuple(things), request.background or "white")
             images.append(Image.fromarray(world.draw(scene)))
-        return type("Result", (), {"images": images})
+        return SimpleNamespace(images=images, record={"report": {}})
 
 
 PROMPTS = ["a red circle", "a blue square and a pink ring", "a green cross on a black background"]
@@ -187,6 +188,17 @@ def test_sweeps_guidance_and_a_further_score(saved, tmp_path, capsys):
         cli.main([str(a) for a in [*fast, "--out", tmp_path / "fast", "--json"]])
     for row in json.loads(capsys.readouterr().out)["rows"]:
         assert row["objective"] == pytest.approx(values[row["variant"]], abs=0.5)
+    sparse = ["eval", "--model", saved, "--limit", 2, "--steps", 2, "--method", "none"]
+    sparse += ["--method", "natten", "--set", "natten.window=1"]
+    sparse += ["--sweep", "natten.window=1;99", "--sweep", "natten.start=0;0.5"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in [*sparse, "--out", tmp_path / "sparse", "--json"]])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    share = {row["variant"]: row.get("computed") for row in rows}
+    assert share["none"] is None and share["natten.window=99"] == 1
+    assert share["natten.window=1"] == share["natten"] < share["natten.start=0.5"] < 1
+    picture = ElementTree.parse(tmp_path / "sparse" / "work.svg").getroot()
+    assert len(picture.findall("{*}circle")) == 4 and len(picture.findall("{*}polyline")) == 2
     for flag, value, message in (
         ("--sweep", "pag.first", "is written METHOD.FIELD=V1;V2"),
         ("--sweep", "other.u=1", "method 'other' is not in use"),

@@ -86,7 +86,8 @@ def test_is_attention_by_definition(family, case):
         with dittune.attach(pipe, build(backend=backend)) as handle:
             assert (latents(pipe, steps=1, **WIDE) - wanted).abs().max() < 1e-4
         (report,) = handle.report().values()
-        assert all(site["backend"] == backend for site in report.values())
+        sites = [said for said in report.values() if isinstance(said, dict)]
+        assert sites and all(site["backend"] == backend for site in sites)
     assert (wanted - latents(pipe, steps=1, **WIDE)).abs().max() > 1e-3
 
 
@@ -128,11 +129,15 @@ def test_the_first_steps_and_chosen_layers_stay_dense():
         assert torch.equal(latents(pipe, steps=1), plain)
         assert handle.report() == {"natten": {}}
         latents(pipe, steps=2)
-        assert handle.report()["natten"]["joint"]["image_density"] == pytest.approx(9 / 16)
+        report = handle.report()["natten"]
+        assert report["joint"]["image_density"] == pytest.approx(9 / 16)
+        assert report["computed"] == pytest.approx((1 + 9 / 16) / 2)  # one of two steps
     with dittune.attach(pipe, dittune.Natten(window=3, dense_layers="0-3")):
         assert torch.equal(latents(pipe, steps=1), plain)
-    with dittune.attach(pipe, dittune.Natten(window=3, dense_layers="1-3")):
+    with dittune.attach(pipe, dittune.Natten(window=3, dense_layers="1-3")) as handle:
         few = latents(pipe, steps=1)
+        computed = handle.report()["natten"]["computed"]
+        assert computed == pytest.approx((3 + 9 / 16) / 4)  # in one of four layers
     with dittune.attach(pipe, dittune.Natten(window=3)):
         assert not torch.equal(latents(pipe, steps=1), few)
     assert not torch.equal(few, plain)
