@@ -36,6 +36,7 @@ BOUNDARIES = set(" ".join((DETERMINERS, NUMBERS, CONJUNCTIONS, PREPOSITIONS, VER
 MEDIUM = re.compile(
     r"\b(photo|photograph|picture|image|painting|drawing|illustration|render|sketch)\s+of\b", re.I
 )
+BEHIND = {"background", "backdrop", "backgrounds", "backdrops"}
 
 
 class PromptWords(NamedTuple):
@@ -78,7 +79,8 @@ def find_concepts(prompt: str) -> tuple[Concept, ...]:
 
     A noun group is a longest run of words without punctuation, determiner, number, conjunction,
     preposition or one of a few common verbs: "a red circle and two dogs" has `red+circle` and
-    `dogs`. A medium before "of" ("a photo of") is left out. The last word of a group is its noun.
+    `dogs`. The last word of a group is its noun. What is no object is left out: a medium before "of"
+    ("a photo of"), and a group whose noun is `background` or another word for the place behind.
     """
     groups: list[list[str]] = [[]]
     seen: dict[str, int] = {}
@@ -92,7 +94,7 @@ def find_concepts(prompt: str) -> tuple[Concept, ...]:
             seen[word] = seen.get(word, 0) + 1
             word = f"{word}#{seen[word]}"
         groups[-1].append(word)
-    return tuple(tuple(group) for group in groups if group)
+    return tuple(tuple(group) for group in groups if group and group[-1] not in BEHIND)
 
 
 def prompt_words(
