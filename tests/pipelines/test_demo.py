@@ -34,8 +34,11 @@ from dittune.pipelines.demo.story_tab import StoryTab  # noqa: E402
 from dittune.pipelines.demo.studio import CANCELLED, Studio  # noqa: E402
 from dittune.pipelines.demo.video_tab import VideoTab  # noqa: E402
 
-# gradio leaves event loops and sockets to the garbage collector
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),  # gradio leaves them
+    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting"),  # of pandas, of a full queue
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),  # likewise
+]
 ME = SimpleNamespace(session_hash="me")
 CALL = ("", 3, 2.0, "32")  # negative prompt, steps, guidance, size
 PROMPT = "a red circle and a blue square"
