@@ -19,12 +19,9 @@ from PIL import Image  # noqa: E402
 
 from dittune.pipelines.demo.page import launch  # noqa: E402
 from dittune.pipelines.demo.studio import Studio  # noqa: E402
+from tests.gradio_warnings import IGNORED  # noqa: E402
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),  # gradio leaves them
-]
+pytestmark = [pytest.mark.slow, pytest.mark.browser, IGNORED]
 MODELS = ("shapes-sd3", "shapes-flux", "shapes-sd")  # of pictures; no video model is the point
 SHOTS = os.environ.get("DITTUNE_SCREENSHOTS")
 PATIENCE = 120_000  # milliseconds, for a machine that does other things too
@@ -178,6 +175,7 @@ def test_a_bad_mask_is_refused(page, tmp_path):
     page.get_by_label("references").locator("visible=true").first.fill("0")
     bad = tmp_path / "mask.png"
     bad.write_bytes(b"not a picture")
+    visible(page, "Masks: a PNG a subject")  # it comes with the method, from the server
     page.locator("input[type=file]").first.set_input_files(str(bad))
     visible(page, "mask.png")
     press(page, "Generate")
