@@ -17,7 +17,7 @@ from dittune.errors import ConfigError, SelectionError
 from dittune.method import Method
 from dittune.run import ModelInputs
 from dittune.words.cond_core import with_core
-from dittune.words.tokens import parse_concepts, words_of_pictures
+from dittune.words.tokens import PromptWords, parse_concepts, words_of_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,12 @@ class Reweight(Method):
         self, inputs: ModelInputs, model: Callable[[ModelInputs], torch.Tensor]
     ) -> torch.Tensor:
         memory = inputs.run.memory(self)
-        if "cond" in inputs.roles and not hasattr(memory, "words"):
+        if "cond" in inputs.roles and not hasattr(memory, "factors"):
             weights = parse_weights(self.weights)
             asked = [(word,) for word in weights]
-            memory.words = words_of_pictures(inputs, asked, lambda prompt: (), self.name)
-            memory.weights = tuple(weights.values())
+            found = words_of_pictures(inputs, asked, lambda prompt: (), self.name)
+            sample = inputs.kwargs[inputs.batched[0]]
+            memory.factors = text_factors(found, tuple(weights.values()), sample)
         return model(inputs)
 
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
@@ -75,18 +76,34 @@ class Reweight(Method):
         rows, queries = call.chunk_of("cond"), call.query.shape[2]
         if rows is None:
             return core(call)
-        memory = call.run.memory(self)
-        factors = torch.ones_like(call.value[..., :1])  # (B, H, Skv, 1)
-        for row, words in zip(range(*rows), memory.words, strict=True):
-            for tokens, weight in zip(words.words, memory.weights, strict=True):
-                factors[row, :, [call.layout.text[0] + token for token in tokens]] *= weight
-        changed = call._replace(value=call.value * factors)
+        factors, begin = call.run.memory(self).factors, call.layout.text[0]
+        value = call.value.clone()
+        value[slice(*rows), :, begin : begin + factors.shape[2]] *= factors.to(value)
+        changed = call._replace(value=value)
         first, last = call.layout.image
         parts = [core(call.take_queries(0, first))] if first else []
         parts.append(core(changed.take_queries(first, last)))
         if last < queries:
             parts.append(core(call.take_queries(last, queries)))
         return torch.cat(parts, 2)
+
+
+def text_factors(
+    found: Sequence[PromptWords], weights: Sequence[float], like: torch.Tensor
+) -> torch.Tensor:
+    """What each text token is multiplied by, `[pictures, 1, T, 1]` with none named beyond `T`.
+
+    Args:
+        found: the words of each picture.
+        weights: one a word; a token of two words gets the product.
+        like: of the type and on the device that are wanted.
+    """
+    most = 1 + max(max(tokens) for words in found for tokens in words.words)
+    factors = like.new_ones(len(found), 1, most, 1)
+    for row, words in zip(factors, found):
+        for tokens, weight in zip(words.words, weights, strict=True):
+            row[:, list(tokens)] *= weight
+    return factors
 
 
 def parse_weights(text: str) -> dict[str, float]:

@@ -30,9 +30,7 @@ from dittune.sparse.measured import (
     plan_of,
     save_patterns,
 )
-from dittune.sparse.plan import Place, Ready
-
-BACKENDS = ("auto", "dense", "triton", "flex", "cpu", "reference")
+from dittune.sparse.plan import BACKENDS, Place, Ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +144,13 @@ class SparseD(CoreMethod):
         return ready(call, call.options.get("scale"), self.real_text(call))
 
     def _measure(self, call: AttnCall, frame: Frame, name: str) -> Ready:
-        memory, order, real_text = call.run.memory(self), frame.plan.queries.permutation, None
+        memory, order = call.run.memory(self), frame.plan.queries.permutation
         query, key = call.query.detach(), call.key.detach()
         if order is not None:
             order = order.to(query.device)
             query, key = order.permute(query), order.permute(key)
-        count = None
-        if (real_text := self.real_text(call)) is not None:
-            count = frame.plan.key_count({"after": real_text})
+        real_text = self.real_text(call)
+        count = None if real_text is None else frame.plan.key_count({"after": real_text})
         scale = call.options.get("scale") or query.shape[-1] ** -0.5
         mass = block_mass(query, key, scale, frame, count)
         kept = best_blocks(mass, frame, self.keep)

@@ -18,9 +18,7 @@ from dittune.errors import ConfigError
 from dittune.patterns import Plan
 from dittune.run import ModelInputs, Run
 from dittune.sparse.core import Built, Core, CoreMethod, built_by, key_of
-from dittune.sparse.plan import Place, Ready, choose_backend
-
-BACKENDS = ("auto", "dense", "triton", "flex", "cpu", "reference")
+from dittune.sparse.plan import BACKENDS, Place, Ready, choose_backend
 
 
 @dataclass(frozen=True, kw_only=True)

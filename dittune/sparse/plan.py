@@ -15,6 +15,7 @@ from dittune.kernels.block_sparse.lists import unpack
 from dittune.kernels.block_sparse.reference import dense_mask
 from dittune.patterns import BlockRule, Pattern, Plan, Segment, Sequence, TokenOrder, make_plan
 
+BACKENDS = ("auto", "dense", "triton", "flex", "cpu", "reference")
 MASK_TOKENS = 4096  # `auto` makes a mask of tokens x tokens up to here
 
 # Of the CPU path, in units of one pair of tokens of one head, measured on one core of a Zen 4: a

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Mapping
 
 import torch
@@ -11,10 +9,7 @@ import torch
 from dittune.kernels.block_sparse.lists import BlockLists, Task, check, unpack
 from dittune.kernels.block_sparse.op import backend_module, block_sparse_op
 from dittune.kernels.block_sparse.reference import block_sparse_reference
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+from dittune.kernels.triton_support import why_not_triton
 
 
 def block_sparse_attention(
@@ -97,14 +92,8 @@ def choose_backend(query: torch.Tensor, task: Task, backend: str = "auto") -> st
 
 
 def _why_not_triton(query: torch.Tensor, task: Task) -> str | None:
-    if not HAS_TRITON:
-        return "triton is not installed (pip install 'dittune[gpu]')"
-    if query.device.type != "cuda" and not IS_INTERPRETED:
-        return f"it needs CUDA tensors, got {query.device}; TRITON_INTERPRET=1 runs it anywhere"
-    if query.dtype not in TRITON_TYPES:
-        return f"it knows {TRITON_TYPES}, got {query.dtype}"
-    if query.shape[-1] > 256:
-        return f"head dims reach 256, got {query.shape[-1]}"
+    if reason := why_not_triton(query, 256):
+        return reason
     if any(size < 16 or size & (size - 1) for size in task.block):
         return f"block sizes are powers of two of at least 16, got {task.block}"
     return None

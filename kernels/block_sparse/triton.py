@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,7 @@ from dittune.kernels.block_sparse.triton_kernels import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
-
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from dittune.kernels.triton_support import IS_INTERPRETED
 
 
 class Tile(NamedTuple):

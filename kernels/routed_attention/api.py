@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 
 import torch
 
 from dittune.kernels.routed_attention import gather
 from dittune.kernels.routed_attention.reference import routed_reference
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+from dittune.kernels.triton_support import why_not_triton
 
 
 def routed_attention(
@@ -97,7 +92,8 @@ def check(query, key, value, chosen, start, count) -> None:
 
 def choose_backend(query: torch.Tensor, backend: str = "auto") -> str:
     """The back-end that will run; see `routed_attention`."""
-    reasons = {"triton": _why_not_triton(query), "gather": None, "reference": None}
+    most_dim = 128 if query.dtype == torch.float32 else 256
+    reasons = {"triton": why_not_triton(query, most_dim), "gather": None, "reference": None}
     if backend == "auto":
         return "triton" if query.device.type == "cuda" and not reasons["triton"] else "gather"
     if backend not in reasons:
@@ -105,19 +101,6 @@ def choose_backend(query: torch.Tensor, backend: str = "auto") -> str:
     if reasons[backend] is not None:
         raise RuntimeError(f"the back-end {backend!r} cannot run: {reasons[backend]}")
     return backend
-
-
-def _why_not_triton(query: torch.Tensor) -> str | None:
-    if not HAS_TRITON:
-        return "triton is not installed (pip install 'dittune[gpu]')"
-    if query.device.type != "cuda" and not IS_INTERPRETED:
-        return f"it needs CUDA tensors, got {query.device}; TRITON_INTERPRET=1 runs it anywhere"
-    if query.dtype not in TRITON_TYPES:
-        return f"it knows {TRITON_TYPES}, got {query.dtype}"
-    most = 128 if query.dtype == torch.float32 else 256
-    if query.shape[-1] > most:
-        return f"head dims reach {most} in {query.dtype}, got {query.shape[-1]}"
-    return None
 
 
 @torch.library.custom_op("dittune::routed_attention", mutates_args=())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
 from dittune.kernels.block_sparse.triton import Tile
 from dittune.kernels.routed_attention.triton_kernels import chunk_kernel
-
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from dittune.kernels.triton_support import IS_INTERPRETED
 
 # For head dims up to the key. Chosen to compile for Hopper without spilling registers; not yet
 # tuned on a GPU.

@@ -104,14 +104,11 @@ class AttentionTab:
         size: str,
     ) -> Iterator[dict]:
         """Make a picture and show where its words and its heads look."""
-        try:
-            call = negative, steps, guidance, size
-            config = configuration(self.studio, model, [prompt], seed, call, {})
-        except Exception as error:
-            yield {self.line: status.failed(error)}
-            return
+        call = negative, steps, guidance, size
         yield from work_on(
-            self.studio, request, self.line, lambda watch: look(self.studio, watch, config),
+            self.studio, request, self.line,
+            lambda: configuration(self.studio, model, [prompt], seed, call, {}),
+            lambda watch, config: look(self.studio, watch, config),
             self._looked, lambda news: {self.before: news.preview},
         )  # fmt: skip
 
@@ -149,18 +146,14 @@ class AttentionTab:
         if seen is None:
             yield {self.line: status.done("Press Look first: it makes the picture to compare.")}
             return
-        try:
-            config = with_heads(seen[0], heads, float(u), float(scale))
-        except Exception as error:
-            yield {self.line: status.failed(error)}
-            return
 
         def preview(news: News) -> dict:
             return {self.after: news.preview} if news.share > 0.5 else {}
 
         yield from work_on(
-            self.studio, request, self.line, lambda watch: make_pair(self.studio, watch, config),
-            self._perturbed, preview,
+            self.studio, request, self.line,
+            lambda: with_heads(seen[0], heads, float(u), float(scale)),
+            lambda watch, config: make_pair(self.studio, watch, config), self._perturbed, preview,
         )  # fmt: skip
 
     def _perturbed(self, pair: Pair) -> dict:

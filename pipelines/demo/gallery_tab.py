@@ -79,7 +79,6 @@ class GalleryTab:
             method = method_of(name)
             methods = {method: defaults(name, method)} if method else {}
             call = "", STEPS, None, ""
-            config = configuration(self.studio, name, [PROMPT], SEED, call, methods)
 
             def shown(pair: Pair) -> dict:
                 return {
@@ -87,13 +86,15 @@ class GalleryTab:
                     before: pair.before and str(pair.before),
                     after: str(pair.after),
                     **repeat.show(
-                        picture_command(config), config, yaml_command("generate"), [pair.after]
+                        picture_command(pair.config), pair.config, yaml_command("generate"),
+                        [pair.after],
                     ),
-                }
+                }  # fmt: skip
 
             yield from work_on(
-                self.studio, request, line, lambda watch: make_pair(self.studio, watch, config),
-                shown,
+                self.studio, request, line,
+                lambda: configuration(self.studio, name, [PROMPT], SEED, call, methods),
+                lambda watch, config: make_pair(self.studio, watch, config), shown,
             )  # fmt: skip
 
         return show

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 import dittune
+from dittune.config import RunConfig
 from dittune.errors import ConfigError
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.controls import NONE, MethodPicker
@@ -97,25 +98,24 @@ class GenerateTab:
         *settings: Any,
     ) -> Iterator[dict]:
         """Make a picture without a method and one with it; both from the same seed."""
-        try:
+        files = (masks or []) if method in TAKE_MASKS else []
+
+        def ask() -> RunConfig:
             methods = self.picker.methods(method, settings)
-            files = (masks or []) if method in TAKE_MASKS else []
             refuse_folder(methods.get(method, {}).get("masks", ""))
             if files:
                 methods[method]["masks"] = MASKS
             call = negative, steps, guidance, size
-            config = configuration(self.studio, model, [prompt], seed, call, methods)
-        except Exception as error:
-            yield {self.line: status.failed(error)}
-            return
+            return configuration(self.studio, model, [prompt], seed, call, methods)
 
         def preview(news: News) -> dict:
             first = method != NONE and news.share < 0.5
             return {self.before if first else self.after: news.preview}
 
         yield from work_on(
-            self.studio, request, self.line,
-            lambda watch: make_pair(self.studio, watch, config, files), self._shown, preview,
+            self.studio, request, self.line, ask,
+            lambda watch, config: make_pair(self.studio, watch, config, files),
+            self._shown, preview,
         )  # fmt: skip
 
     def _shown(self, pair: Pair) -> dict:

@@ -160,19 +160,22 @@ def work_on(
     studio: Studio,
     request: gr.Request,
     line: gr.HTML,
-    work: Callable[[Watch], Any],
+    ask: Callable[[], RunConfig],
+    work: Callable[[Watch, RunConfig], Any],
     show: Callable[[Any], dict],
     preview: Callable[[News], dict] = lambda news: {},
 ) -> Iterator[dict]:
     """Run a request and say how it goes, to its end or its error.
 
     Args:
-        work: given a watch, returns the result.
+        ask: reads what the user wants; what cannot be is said on the line.
+        work: given a watch and that, returns the result.
         show: updates of components for the result, the status line among them.
         preview: updates for news that have a preview.
     """
     try:
-        for news in studio.run(request.session_hash or "", work):
+        config = ask()
+        for news in studio.run(request.session_hash or "", lambda watch: work(watch, config)):
             if news.result is None:
                 yield {line: status.working(news), **(preview(news) if news.preview else {})}
             else:

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 import dittune
+from dittune.config import RunConfig
 from dittune.errors import ConfigError
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.controls import MethodPicker
@@ -85,32 +86,31 @@ class StoryTab:
         *settings: Any,
     ) -> Iterator[dict]:
         """Make a reference of each subject, and the scenes that show them."""
-        try:
+
+        def ask() -> RunConfig:
             if masks not in MASKS:
                 raise ConfigError(f"masks is one of {', '.join(MASKS)}, got {masks!r}")
             call = negative, steps, guidance, size
             methods = self.picker.methods(method, settings)
-            named = lines(subjects)
-            config = configuration(self.studio, model, lines(scenes), seed, call, methods)
-        except Exception as error:
-            yield {self.line: status.failed(error)}
-            return
+            return configuration(self.studio, model, lines(scenes), seed, call, methods)
 
         def show(told: Told) -> dict:
+            named = lines(subjects)
             extra = [*(f"--subject={subject}" for subject in named), "--masks", masks]
             return {
-                self.line: status.done(f"{len(config.prompts)} scenes of {len(named)} subjects."),
+                self.line: status.done(f"{len(told.scenes)} scenes of {len(named)} subjects."),
                 self.references: told.references,
                 self.pictures: told.scenes,
                 **self.repeat.show(
-                    story_command(config, named, masks), config, yaml_command("story", extra),
-                    [told.sheet],
+                    story_command(told.config, named, masks), told.config,
+                    yaml_command("story", extra), [told.sheet],
                 ),
             }  # fmt: skip
 
         yield from work_on(
-            self.studio, request, self.line,
-            lambda watch: tell_story(self.studio, watch, config, named, masks), show,
+            self.studio, request, self.line, ask,
+            lambda watch, config: tell_story(self.studio, watch, config, lines(subjects), masks),
+            show,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from dittune.config import preset
+from dittune.config import RunConfig, preset
 from dittune.pipelines.demo import status
 from dittune.pipelines.demo.controls import MethodPicker
 from dittune.pipelines.demo.parts import (
@@ -88,26 +88,25 @@ class VideoTab:
         *settings: Any,
     ) -> Iterator[dict]:
         """Make a video without a method and one with it; both from the same seed."""
-        try:
-            config = configuration(
+
+        def ask() -> RunConfig:
+            return configuration(
                 self.studio, model, [prompt], seed, (negative, steps, guidance, size),
                 self.picker.methods(method, settings), frames=frames, fps=fps or 1,
             )  # fmt: skip
-        except Exception as error:
-            yield {self.line: status.failed(error)}
-            return
-
-        def show(pair: Pair) -> dict:
-            return {
-                self.line: status.done(f"Done in {pair.seconds:.1f} s, seed {config.seed}."),
-                self.before: pair.before and str(pair.before),
-                self.after: str(pair.after),
-                **self.repeat.show(
-                    video_command(config), config, yaml_command("video"), [pair.after]
-                ),
-            }
 
         yield from work_on(
-            self.studio, request, self.line,
-            lambda watch: make_pair(self.studio, watch, config, suffix=".mp4"), show,
+            self.studio, request, self.line, ask,
+            lambda watch, config: make_pair(self.studio, watch, config, suffix=".mp4"),
+            self._shown,
         )  # fmt: skip
+
+    def _shown(self, pair: Pair) -> dict:
+        return {
+            self.line: status.done(f"Done in {pair.seconds:.1f} s, seed {pair.config.seed}."),
+            self.before: pair.before and str(pair.before),
+            self.after: str(pair.after),
+            **self.repeat.show(
+                video_command(pair.config), pair.config, yaml_command("video"), [pair.after]
+            ),
+        }

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dittune.kernels.block_sparse import block_sparse_attention
-from dittune.kernels.block_sparse.api import HAS_TRITON, IS_INTERPRETED
+from dittune.kernels.triton_support import HAS_TRITON, IS_INTERPRETED
 from dittune.patterns import Local, TokenOrder
 from tests.kernels.plans import PLANS, brute_force, image_plan, tensors_of
 

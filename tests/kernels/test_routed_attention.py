@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dittune.kernels.routed_attention import gather, routed_attention
-from dittune.kernels.routed_attention.api import HAS_TRITON, IS_INTERPRETED
+from dittune.kernels.triton_support import HAS_TRITON, IS_INTERPRETED
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -6,7 +6,7 @@ import torch
 import dittune
 from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import ConfigError, SelectionError
-from dittune.methods.reweight import Reweight, parse_weights
+from dittune.methods.reweight import Reweight, parse_weights, text_factors
 from dittune.run import Run
 from dittune.seam import _sdpa_core
 from dittune.words.tokens import PromptWords
@@ -31,12 +31,11 @@ def test_columns_of_the_map_are_multiplied_for_image_rows(kind, has_mask):
         Site(0, name, "there", 2), None, _sdpa_core, Run(),
     )  # fmt: skip
     method = Reweight(weights="red:3, hot dog:-0.5")
-    memory = call.run.memory(method)
-    memory.words = [
+    words = [
         PromptWords((1, 2, 3), (((1,),), ((2, 3),))),
         PromptWords((1, 2), (((2,),), ((1, 2),))),  # another place, and a token of both
     ]
-    memory.weights = (3.0, -0.5)
+    call.run.memory(method).factors = text_factors(words, (3.0, -0.5), value)
     out = method.attend(call, lambda given: given.core(given))
 
     maps = torch.einsum("bhqd,bhkd->bhqk", query, key) / 8**0.5

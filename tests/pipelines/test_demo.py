@@ -19,6 +19,7 @@ from dittune.pipelines import cli
 from dittune.pipelines.media import read_record
 from dittune.pipelines.settings import settings_of
 from tests import tiny, tiny_video
+from tests.gradio_warnings import IGNORED
 
 gr = pytest.importorskip("gradio")
 
@@ -34,8 +35,7 @@ from dittune.pipelines.demo.story_tab import StoryTab  # noqa: E402
 from dittune.pipelines.demo.studio import CANCELLED, Studio  # noqa: E402
 from dittune.pipelines.demo.video_tab import VideoTab  # noqa: E402
 
-# gradio leaves event loops and sockets to the garbage collector
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = IGNORED
 ME = SimpleNamespace(session_hash="me")
 CALL = ("", 3, 2.0, "32")  # negative prompt, steps, guidance, size
 PROMPT = "a red circle and a blue square"
