@@ -69,7 +69,10 @@ class Run:
 
     def memory(self, method: object) -> SimpleNamespace:
         """What a method wants to remember until the end of this generation."""
-        return self._memory.setdefault(id(method), SimpleNamespace())
+        key = id(method)
+        if key not in self._memory:  # compiled code can read one, but cannot make one
+            self._memory[key] = SimpleNamespace()
+        return self._memory[key]
 
 
 def as_it_is(latents: torch.Tensor) -> torch.Tensor:

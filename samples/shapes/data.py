@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,14 @@ def token_labels(scene: world.Scene, tokens: int = 8) -> np.ndarray:
     return labels.reshape(tokens * tokens, -1)
 
 
+def without_some(scene: world.Scene, missing: float, rng: np.random.Generator) -> world.Scene:
+    """The scene less each object with probability `missing`; one, drawn at random, always stays."""
+    count = len(scene.objects)
+    stays = rng.random(count) >= missing
+    stays[rng.integers(count)] = True
+    return replace(scene, objects=tuple(itertools.compress(scene.objects, stays)))
+
+
 class SceneLatents:
     """Training scenes with their latents, made once and kept on disk.
 
@@ -65,7 +75,7 @@ class SceneLatents:
     ):
         rng, draw, lose = (np.random.default_rng(seed) for seed in (3, 6, 8))
         self.captioned = [world.sample_scene(rng) for _ in range(count)]
-        self.scenes = [world.without_some(s, missing, lose) for s in self.captioned]
+        self.scenes = [without_some(s, missing, lose) for s in self.captioned]
         self.marks = [marks.sample_marks(draw, len(s.objects), marked) for s in self.scenes]
         shares = {"marked": marked, "missing": missing}
         kind = "".join(f"-{name}-{share:g}" for name, share in shares.items() if share)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -178,14 +178,6 @@ def sample_scene(rng: np.random.Generator, count: int | None = None, split: str 
         for (color, shape), (x, y), r in zip(kinds, centres, radii, strict=True)
     )
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))))
-
-
-def without_some(scene: Scene, missing: float, rng: np.random.Generator) -> Scene:
-    """The scene less each object with probability `missing`; one, drawn at random, always stays."""
-    count = len(scene.objects)
-    stays = rng.random(count) >= missing
-    stays[rng.integers(count)] = True
-    return replace(scene, objects=tuple(itertools.compress(scene.objects, stays)))
 
 
 # ---------------------------------------------------------------------------- captions

@@ -91,3 +91,15 @@ def test_wrong_marks_are_refused(wrong):
               world.SceneObject("blue", "ring", 45, 45, 8))  # fmt: skip
     with pytest.raises(ValueError, match="expected 2 marks of plain, left"):
         marks.draw(world.Scene(things, "white"), wrong)
+
+
+def test_pictures_lack_what_their_captions_name_only_where_asked(tmp_path):
+    vae = f"{dittune.checkpoint('shapes-sd3')}/vae"
+    plain, loose, bare = (
+        data.SceneLatents(tmp_path, vae, 40, missing=share) for share in (0.0, 0.5, 1.0)
+    )
+    assert plain.scenes == plain.captioned == loose.captioned == bare.captioned
+    for kept, named in zip(loose.scenes, loose.captioned, strict=True):
+        assert 0 < len(kept.objects) and set(kept.objects) <= set(named.objects)
+    counts = [sum(len(scene.objects) for scene in each.scenes) for each in (plain, loose, bare)]
+    assert counts[0] > counts[1] > counts[2] == 40

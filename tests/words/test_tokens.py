@@ -129,6 +129,7 @@ def test_empty_words_are_refused(text):
         ("a red circle above a red square", "red#1+circle, red#2+square"),
         ("A cat wearing a hat, on a table.", "cat, hat, table"),
         ("an ice-cream's cone", "ice-cream's+cone"),
+        ("a cat on a white background", "cat"),
         ("of and the", ""),
         ("", ""),
     ],
