@@ -79,8 +79,8 @@ def find_concepts(prompt: str) -> tuple[Concept, ...]:
 
     A noun group is a longest run of words without punctuation, determiner, number, conjunction,
     preposition or one of a few common verbs: "a red circle and two dogs" has `red+circle` and
-    `dogs`. The last word of a group is its noun. What is no object is left out: a medium before "of"
-    ("a photo of"), and a group whose noun is `background` or another word for the place behind.
+    `dogs`. The last word of a group is its noun. What is no object is left out: a medium before
+    "of" ("a photo of"), and a group whose noun is `background` or `backdrop`.
     """
     groups: list[list[str]] = [[]]
     seen: dict[str, int] = {}

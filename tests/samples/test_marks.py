@@ -100,6 +100,6 @@ def test_pictures_lack_what_their_captions_name_only_where_asked(tmp_path):
     )
     assert plain.scenes == plain.captioned == loose.captioned == bare.captioned
     for kept, named in zip(loose.scenes, loose.captioned, strict=True):
-        assert 0 < len(kept.objects) and set(kept.objects) <= set(named.objects)
+        assert kept.objects and set(kept.objects) <= set(named.objects)
     counts = [sum(len(scene.objects) for scene in each.scenes) for each in (plain, loose, bare)]
     assert counts[0] > counts[1] > counts[2] == 40
