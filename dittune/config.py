@@ -210,8 +210,8 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
         ):
             value = None
         try:
-            if value == "???" and types[key] != "str":  # OmegaConf takes it for a missing value
-                raise ValidationError
+            if isinstance(value, str) and types[key] != "str" and ("${" in value or value == "???"):
+                raise ValidationError  # OmegaConf looks inside later, or takes it for a missing value
             OmegaConf.update(checked, key, _escaped(value), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {key} is of type {types[key]}, got {value!r}") from error

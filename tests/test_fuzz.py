@@ -90,7 +90,8 @@ def refused_or_not(function, *arguments):
 LONG = "9" * 5000  # more digits than Python converts
 YAML = ["a: 2001-13-45", "a: !!int x", "a: !!bool 3", "a: !!timestamp x", f"seed: {LONG}",
         "model: " + "[" * 2000, "!!map [1]", "methods: ???", "prompts: ???", "steps: ???",
-        "methods: {softpag: {u: ???}}", 'prompts: ["\\uDCFF"]']  # fmt: skip
+        "methods: {softpag: {u: ???}}", "methods: {softpag: {u: '${x}'}}", "steps: '${'",
+        "prompts: '${'", 'prompts: ["\\uDCFF"]']  # fmt: skip
 
 
 @pytest.mark.parametrize("text", YAML, ids=lambda text: text[:20])
