@@ -16,6 +16,7 @@ import dittune
 from dittune import config
 from dittune.errors import DittuneError
 from dittune.heads import parse_layers
+from dittune.pipelines import story_eval
 from dittune.pipelines.arguments import check_numbers, image_size
 from dittune.pipelines.cli_options import parse_counts
 from dittune.pipelines.demo.uploads import keep_masks
@@ -41,6 +42,11 @@ from tests.fuzzing import (
     run,
 )
 
+
+def stories(split):
+    return [*story_eval.stories(split, 1)]
+
+
 LONG = "9" * 5000  # more digits than Python converts
 YAML = ["a: 2001-13-45", "a: !!int x", "a: !!bool 3", "a: !!timestamp x", f"seed: {LONG}",
         "model: " + "[" * 2000, "!!map [1]", "methods: ???", "prompts: ???", "steps: ???",
@@ -65,13 +71,15 @@ def test_files_that_once_had_a_traceback(tmp_path, text):
         (image_size, config.RunConfig(size=LONG)),
         (check_numbers, config.RunConfig(guidance_scale=float("nan"))),
         (check_numbers, config.RunConfig(steps=0)),
+        (check_numbers, config.RunConfig(num_images=10**12)),
+        (stories, "tset"),
         (fingerprint, "~nobody-of-this-name"),
         (fingerprint, LONG),
         (load_objective, ".relative:f"),
         (load_segmenter, ".relative:f"),
     ],
 )
-def test_what_once_had_a_traceback(function, argument):
+def test_what_once_had_a_traceback_or_no_end(function, argument):
     with pytest.raises(DittuneError):
         function(argument)
 
