@@ -35,9 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="samples per step of a family")
     parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
     parser.add_argument("--marked", type=float, default=0.0, help="share of objects with a mark")
-    parser.add_argument(
-        "--missing", type=float, default=0.0, help="share of named objects left out"
-    )
+    parser.add_argument("--missing", type=float, default=0.0, help="share of named objects left out")
     parser.add_argument("--scenes", type=int, help="how many training scenes or clips")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
