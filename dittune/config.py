@@ -210,8 +210,9 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
         ):
             value = None
         try:
-            if value == "???" and types[key] != "str":  # OmegaConf takes it for a missing value
-                raise ValidationError
+            is_text = types[key] == "str"
+            if isinstance(value, str) and not is_text and ("${" in value or value == "???"):
+                raise ValidationError  # OmegaConf would look into it later, or take it for missing
             OmegaConf.update(checked, key, _escaped(value), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {key} is of type {types[key]}, got {value!r}") from error

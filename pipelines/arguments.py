@@ -12,6 +12,8 @@ from dittune.config import RunConfig
 from dittune.errors import ConfigError
 from dittune.pipelines.pipeline import MAX_SEED
 
+MOST_IMAGES = 100_000  # of a prompt
+
 
 def call_settings(pipe: Any, config: RunConfig) -> dict[str, Any]:
     """The arguments of a call that a configuration decides, but prompt and seed."""
@@ -69,6 +71,8 @@ def check_numbers(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if config.num_images > MOST_IMAGES:  # each has its name before the first is made
+        raise ConfigError(f"num_images must be at most {MOST_IMAGES}, got {config.num_images}")
     if config.seed is not None and config.seed + config.num_images - 1 > MAX_SEED:
         raise ConfigError(f"seed must be at most {MAX_SEED}, got {config.seed}")
     if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):

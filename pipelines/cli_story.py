@@ -76,7 +76,9 @@ def story(
 
 def story_eval(
     prompts: Annotated[str, typer.Option(help="train, val or test")] = "val",
-    each: Annotated[int, typer.Option(min=1, help="stories of each number of subjects")] = 20,
+    each: Annotated[
+        int, typer.Option(min=1, max=1000, help="stories of each number of subjects")
+    ] = 20,
     subjects: Annotated[str, typer.Option(help="numbers of subjects")] = "2,3,4",
     layers: Annotated[str, typer.Option(help="where keys are shared, as of the methods")] = "",
     keep: Annotated[float, typer.Option(help="share of the tokens that is shared")] = 1.0,

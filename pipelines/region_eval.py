@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dittune.errors import ConfigError
 from dittune.methods.merge_padding import MergePadding
 from dittune.methods.regions import Regions
 from dittune.pipelines.eval_table import wilson
@@ -19,9 +20,15 @@ LAYOUTS = [halves[::order] for halves in HALVES for order in (1, -1)]
 
 
 def region_prompts(name: str, limit: int) -> list[str]:
-    """Prompts of a set that name two objects and no relation, spread over it."""
+    """Prompts of a set that name two objects and no relation, spread over it.
+
+    Raises:
+        ConfigError: there is none.
+    """
     requests = {prompt: world.parse(prompt) for prompt in load_prompts(name, objects=[2])}
     fitting = [p for p, r in requests.items() if r.relation is None]
+    if not fitting:
+        raise ConfigError(f"{name} holds no prompt of two objects without a relation")
     picked = np.linspace(0, len(fitting) - 1, min(limit, len(fitting)))
     return [fitting[int(i)] for i in picked]
 

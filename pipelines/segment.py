@@ -45,7 +45,7 @@ def load_segmenter(name: str) -> Segmenter:
     module, colon, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # it may be anybody's module
         raise ConfigError(f"cannot import segmenter {name}: {error}") from error
     if not callable(found):
         raise ConfigError(f"a segmenter is 'shapes' or MODULE:FUNCTION, got {name!r}")

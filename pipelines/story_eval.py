@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dittune.errors import ConfigError
 from dittune.method import Method
 from dittune.methods.isolation import Isolation
 from dittune.methods.merge_padding import MergePadding
@@ -32,6 +33,7 @@ from dittune.pipelines.story import phrase_of, with_subjects
 from dittune.samples.shapes import score_marks, world
 
 PLAIN = "none"
+MOST_SUBJECTS = 4  # as in the scenes of the world
 STORY_SEED = 808  # of the stories; pictures have seeds of their own
 
 
@@ -78,7 +80,15 @@ def variants(keep: float = 1.0, layers: str = "") -> dict[str, tuple[Method, ...
 
 
 def stories(split: str, each: int, counts: Sequence[int] = (2, 3, 4)) -> Iterator[list[str]]:
-    """The subjects of `each` stories of every number of subjects, of one split of the world."""
+    """The subjects of `each` stories of every number of subjects, of one split of the world.
+
+    Raises:
+        ConfigError: there is no such split, or no stories of so many subjects.
+    """
+    if split not in world.SPLITS:
+        raise ConfigError(f"stories are of {', '.join(world.SPLITS)}, got {split!r}")
+    if not counts or any(not 1 <= count <= MOST_SUBJECTS for count in counts):
+        raise ConfigError(f"a story has 1 to {MOST_SUBJECTS} subjects, got {[*counts]}")
     rng = np.random.default_rng(STORY_SEED)
     for count in counts:
         for _ in range(each):

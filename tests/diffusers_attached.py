@@ -3,6 +3,7 @@
 The packages of diffusers hold no tests; they are in its repository, best at the version that is
 installed. In a checkout of it, without its `src` so that the installed one is tested:
 
+    pip install parameterized requests_mock
     mkdir plugin && cp DITTUNE/tests/diffusers_attached.py plugin
     export PYTHONPATH=plugin:DITTUNE HF_HUB_OFFLINE=1
     pytest -p diffusers_attached -rA tests/pipelines/flux/test_pipeline_flux.py > plain.txt

@@ -1,96 +1,57 @@
-"""Whatever a user types is understood or refused in one line; no traceback.
+"""Whatever a user writes is understood or refused in one line; no traceback. Texts and files.
 
-The fast suite tries some hundred inputs. Ten thousand: `pytest -m slow tests/test_fuzz.py`.
+The fast suite tries some hundred inputs. Ten thousand: `pytest -m slow -k fuzz`.
 """
 
-import contextlib
 import io
+import json
 
 import pytest
+import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dittune
 from dittune import config
 from dittune.errors import DittuneError
 from dittune.heads import parse_layers
-from dittune.pipelines import cli
+from dittune.pipelines import story_eval
 from dittune.pipelines.arguments import check_numbers, image_size
+from dittune.pipelines.cli_options import parse_counts
+from dittune.pipelines.demo.uploads import keep_masks
+from dittune.pipelines.generate import recorded
 from dittune.pipelines.headhunt.objectives import load_objective
 from dittune.pipelines.loading import fingerprint, pick_device, pick_dtype
-from dittune.pipelines.pipeline import Pipeline
+from dittune.pipelines.media import RECORD_KEY, PngImagePlugin
+from dittune.pipelines.region_prompts import with_regions
+from dittune.pipelines.segment import load_segmenter
+from dittune.pipelines.story import named_in
 from dittune.samples.shapes import models
+from dittune.subjects.masks import mask_file, read_masks
 from dittune.words.tokens import find_concepts, parse_concepts, prompt_words
-
-EXAMPLES = pytest.mark.parametrize(
-    "examples", [40, pytest.param(1250, marks=pytest.mark.slow)], ids=["some", "many"]
+from tests.fuzzing import (
+    BOXES,
+    EXAMPLES,
+    VALUES,
+    WORDS,
+    contents,
+    fuzz,
+    one_line_or_success,
+    refused_or_not,
+    run,
 )
 
-# Pieces of what is understood, wrong digits, huge numbers, and bytes that are no text.
-PIECES = [
-    *"0123456789:,;*x#+@=.-_ ~/",
-    *("²", "٣", "softpag", "none", "u", "heads", "red", "circle", "nan", "inf", "1e999"),
-    *("9" * 5000, "\x00", "\udcff", "${", "???", "true", "null"),
-]
-WORDS = st.one_of(
-    st.lists(st.sampled_from(PIECES), max_size=8).map("".join),
-    st.text(max_size=20),
-    st.text(st.characters(), max_size=8),  # surrogates too, which stand for bytes that are no text
-)
-VALUES = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.binary(max_size=4),
-        st.dates(),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(st.one_of(WORDS, st.integers(), st.none()), inner, max_size=3),
-    ),
-    max_leaves=6,
-)  # fmt: skip
-METHODS = {name: list(dittune.load_method(name)().__dict__) for name in dittune.available_methods()}
 
-
-@st.composite
-def contents(draw):
-    """A configuration of which single values are anything."""
-    found = draw(st.dictionaries(st.sampled_from([*vars(config.RunConfig())]), VALUES, max_size=3))
-    if draw(st.booleans()):
-        name = draw(st.sampled_from(list(METHODS)))
-        fields = st.sampled_from(METHODS[name])
-        found["methods"] = {name: draw(st.dictionaries(fields, VALUES, max_size=3))}
-    return found
-
-
-def fuzz(examples, *strategies):
-    """A decorator that runs a check on so many draws."""
-
-    def run(check):
-        quick = settings(
-            max_examples=examples,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        quick(given(*strategies)(check))()
-
-    return run
-
-
-def refused_or_not(function, *arguments):
-    """What it returns, or None if it was refused; any other error is a failure."""
-    try:
-        return function(*arguments)
-    except DittuneError as error:
-        assert str(error).strip()
-        return None
+def stories(split):
+    return [*story_eval.stories(split, 1)]
 
 
 LONG = "9" * 5000  # more digits than Python converts
 YAML = ["a: 2001-13-45", "a: !!int x", "a: !!bool 3", "a: !!timestamp x", f"seed: {LONG}",
         "model: " + "[" * 2000, "!!map [1]", "methods: ???", "prompts: ???", "steps: ???",
-        "methods: {softpag: {u: ???}}", 'prompts: ["\\uDCFF"]']  # fmt: skip
+        "methods: {softpag: {u: ???}}", "methods: {softpag: {u: '${x}'}}", "steps: '${'",
+        "prompts: '${'", 'prompts: ["\\uDCFF"]']  # fmt: skip
 
 
 @pytest.mark.parametrize("text", YAML, ids=lambda text: text[:20])
@@ -110,12 +71,15 @@ def test_files_that_once_had_a_traceback(tmp_path, text):
         (image_size, config.RunConfig(size=LONG)),
         (check_numbers, config.RunConfig(guidance_scale=float("nan"))),
         (check_numbers, config.RunConfig(steps=0)),
+        (check_numbers, config.RunConfig(num_images=10**12)),
+        (stories, "tset"),
         (fingerprint, "~nobody-of-this-name"),
         (fingerprint, LONG),
         (load_objective, ".relative:f"),
+        (load_segmenter, ".relative:f"),
     ],
 )
-def test_what_once_had_a_traceback(function, argument):
+def test_what_once_had_a_traceback_or_no_end(function, argument):
     with pytest.raises(DittuneError):
         function(argument)
 
@@ -204,67 +168,85 @@ def test_files(examples, tmp_path):
                 assert config.write_yaml(again) == config.write_yaml(resolved)
 
 
-def run(arguments):
-    """Run the command line without a model: (exit code, standard output, standard error)."""
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as strict as a terminal
-    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        out.flush(), err.flush()
-    return stop.value.code, *(f.buffer.getvalue().decode("utf-8") for f in (out, err))
+@EXAMPLES
+def test_boxes_and_what_else_is_short(examples):
+    @fuzz(examples, st.lists(BOXES, min_size=1, max_size=3), st.lists(WORDS, max_size=2))
+    def check(boxes, prompts):
+        made = refused_or_not(with_regions, prompts, boxes)
+        if made is not None:
+            assert len(made[0]) == max(1, len(prompts))
+            refused_or_not(lambda: dittune.Regions(regions=made[1]))
+        for text in (*boxes, *prompts):
+            refused_or_not(parse_counts, text)
+            refused_or_not(load_segmenter, text)
+            named_in(text, [p for p in prompts if p.strip()])
 
 
-def one_line_or_success(arguments):
-    code, _, err = run(arguments)
-    assert code in (0, 2), err
-    if code == 2:
-        (line,) = [line for line in err.splitlines() if line.strip()]
-        assert line.startswith("error: "), line
-
-
-OPTIONS = {
-    "generate": ["--method", "--set", "--size", "--seed", "--steps", "--guidance-scale", "--model",
-                 "--num-images", "--negative-prompt", "--config", "--device", "--dtype", "--from",
-                 "--prompts-file"],
-    "eval": ["--method", "--set", "--sweep", "--prompts", "--objects", "--limit", "--seeds",
-             "--objective", "--guidance-scale", "--config"],
-    "headhunt": ["--set", "--prompts", "--objective", "--rounds", "--per-round", "--limit"],
-    "config show": ["--model", "--method", "--set"],
-}  # fmt: skip
-LIKELY = st.one_of(
-    WORDS,
-    st.sampled_from(
-        ["softpag", "none", "none@4", "pag=softpag", "softpag@", "conform", "val", "2"]
-    ),
-    st.builds("softpag.{}={}".format, st.sampled_from(METHODS["softpag"]), WORDS),
-    st.builds("conform.{}={}".format, st.sampled_from(METHODS["conform"]), WORDS),
-    st.integers().map(str),
-    st.floats().map(str),
-)
-
-
-@pytest.fixture
-def no_model(monkeypatch, tmp_path):
-    """Everything but the model itself."""
-
-    def refuse(*_, **__):
-        raise DittuneError("no model in this test")
-
-    monkeypatch.setattr(Pipeline, "from_pretrained", refuse)
-    monkeypatch.chdir(tmp_path)
+SUBJECTS = ("red circle", "blue square")
+NAMED = [[True, False], [False, True], [True, True]]
 
 
 @EXAMPLES
-@pytest.mark.parametrize("command", OPTIONS)
-@pytest.mark.usefixtures("no_model")
-def test_command_lines(command, examples):
-    pairs = st.tuples(st.sampled_from(OPTIONS[command]), LIKELY)
-    first = st.lists(WORDS, max_size=1) if command == "generate" else st.just([])
+def test_boxes_of_subjects(examples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
-    @fuzz(examples, first, st.lists(pairs, max_size=4), st.booleans())
-    def check(prompt, options, dry_run):
-        arguments = [*command.split(), *prompt, *(word for pair in options for word in pair)]
-        if command == "generate" and dry_run:
-            arguments.append("--dry-run")
-        one_line_or_success([word.replace("\x00", "") for word in arguments])  # no shell passes it
+    @fuzz(examples, st.lists(BOXES, max_size=8).map("; ".join))
+    def check(text):
+        masks = refused_or_not(read_masks, text, SUBJECTS, NAMED, (4, 6))
+        assert masks is None or [one.any((1, 2)).tolist() for one in masks] == NAMED
+
+
+@st.composite
+def pictures(draw):
+    """The bytes of a file that should be a mask."""
+    if draw(st.booleans()):
+        return draw(st.binary(max_size=40))
+    mode = draw(st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "F", "CMYK"]))
+    side = st.sampled_from([1, 2, 4, 6, 7, 60])
+    image = Image.new(mode, (draw(side), draw(side)), draw(st.sampled_from([0, 1])))
+    if draw(st.booleans()):
+        image.paste(Image.new(mode, (1, 2), 1))
+    file = io.BytesIO()
+    image.save(file, "TIFF" if mode in ("F", "CMYK") else "PNG")
+    content = bytearray(file.getvalue())
+    for _ in range(draw(st.integers(0, 2))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return bytes(content[: draw(st.sampled_from([len(content), len(content) // 2]))])
+
+
+@EXAMPLES
+def test_pictures_of_masks(examples, tmp_path):
+    @fuzz(examples, st.lists(pictures(), min_size=4, max_size=4))
+    def check(files):
+        kept = tmp_path / "kept"
+        places = ((0, 0), (1, 1), (2, 0), (2, 1))
+        paths = [tmp_path / mask_file(*place) for place in places]
+        for path, content in zip(paths, files):
+            path.write_bytes(content)
+        masks = refused_or_not(read_masks, str(tmp_path), SUBJECTS, NAMED, (4, 6))
+        assert masks is None or all(one.dtype == torch.bool for one in masks)
+        kept.mkdir(exist_ok=True)
+        refused_or_not(keep_masks, [str(path) for path in paths], kept)
+
+
+RECORDS = st.one_of(
+    VALUES, contents(), st.builds(lambda c, v: {"config": c, "versions": v}, contents(), VALUES)
+)
+
+
+@EXAMPLES
+def test_records(examples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, image = tmp_path / "0.png", Image.new("RGB", (2, 2))
+
+    @fuzz(examples, RECORDS, st.binary(max_size=20))
+    def check(record, other):
+        text = json.dumps(record, default=str, skipkeys=True)
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(RECORD_KEY, text)
+        image.save(path, pnginfo=info)
+        refused_or_not(recorded, path)
+        one_line_or_success(["generate", "--from", str(path), "--dry-run"])
+        for name in ("other.png", "other.mp4"):
+            (tmp_path / name).write_bytes(other)
+            refused_or_not(recorded, tmp_path / name)

@@ -1,6 +1,8 @@
 """The wheel: one top-level name, samples and checkpoints inside, an image in a clean folder."""
 
 import importlib.util
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("dittune", "kernels", "pipelines", "samples")
-pytestmark = pytest.mark.slow
+
+
+def test_every_folder_with_code_is_listed():
+    listed = re.findall(r'^  "(dittune[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M)
+    folders = [path.parent for name in FOLDERS for path in (ROOT / name).rglob("*.py")]
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    wanted = {name if name.startswith("dittune") else f"dittune.{name}" for name in packages}
+    assert wanted - set(listed) == set()
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +39,7 @@ def wheel(tmp_path_factory):
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -53,25 +63,24 @@ def test_contents(wheel):
     assert wheel.stat().st_size < 64 * 2**20
 
 
-def test_the_wheel_generates(wheel, tmp_path):
+@pytest.mark.slow
+def test_the_wheel_runs(wheel, tmp_path):
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    code = "from dittune.pipelines.cli import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "generate",
-        "a red circle",
-        "--seed",
-        "1",
-        "--steps",
-        "2",
-    ]
     environment = {"PYTHONPATH": str(target), "PATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / done.stdout.strip()).is_file()
+
+    def dittune(*arguments):
+        code = "from dittune.pipelines.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    made = dittune("generate", "a red circle", "--seed", "1", "--steps", "2")
+    assert (tmp_path / made.strip()).is_file()
+    methods = (ROOT / "dittune" / "methods").glob("*.py")
+    listed = {method["name"] for method in json.loads(dittune("methods", "--json"))}
+    assert listed == {path.stem for path in methods} - {"__init__"}

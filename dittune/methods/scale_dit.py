@@ -101,6 +101,11 @@ class ScaleDiT(SparseMethod):
         if run.host.pipe is None:
             raise ConfigError("scale_dit: a small picture needs a pipeline; attach to that, or "
                               "set guide=False")  # fmt: skip
+        if not hasattr(run.host.facts, "text_axes"):
+            raise ConfigError("scale_dit: no small video is made first; set guide=False")
+        layouts = run.host.facts.layouts(run.host.model, inputs.kwargs)
+        for site in self.sites(run.host.facts.sites(run.host.model)):
+            self._small_grid(layouts[site.kind, site.stage].grid)
         scheduler = copy.deepcopy(run.host.pipe.scheduler)
         scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
         times = scheduler.timesteps[-run.num_steps :][run.step :]

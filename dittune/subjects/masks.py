@@ -5,6 +5,8 @@ Shape letters: `P` pictures, `S` subjects.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +42,8 @@ def read_masks(
         ConfigError: a mask that is missing, empty, of another shape than the pictures, overlapping
             another one of its picture, or of a subject or picture that is not there.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))  # unlike Path's own, leaves what it cannot
+    if os.path.isdir(folder):  # False also for boxes that are too long to be a path
         masks = [_from_folder(folder, p, subjects, has, grid) for p, has in enumerate(named)]
     elif ":" in source:
         masks = _from_boxes(source, subjects, named)
@@ -82,7 +84,7 @@ def _read_png(path: Path, grid: tuple[int, int]) -> torch.Tensor | None:
     try:
         with Image.open(path) as image:
             values = np.asarray(image.convert("L"))
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"cannot read the mask {path}: {error}") from error
     height, width = values.shape
     if abs(height * grid[1] - width * grid[0]) > max(height, width):
@@ -99,7 +101,7 @@ def _from_boxes(text: str, subjects: Sequence[str], named: Sequence[Sequence[boo
         subject, _, picture = (part.strip() for part in label.partition("@"))
         if subject not in subjects:
             raise ConfigError(f"a box is of {subject!r}; the subjects are {', '.join(subjects)}")
-        if picture and not (picture.isdigit() and int(picture) < len(named)):
+        if picture and not (re.fullmatch(r"\d{1,6}", picture) and int(picture) < len(named)):
             raise ConfigError(f"a box is of picture {picture!r}; there are 0..{len(named) - 1}")
         index = subjects.index(subject)
         for i in [int(picture)] if picture else range(len(named)):

@@ -7,6 +7,7 @@ import dittune
 from dittune.errors import ConfigError
 from dittune.run import ModelInputs
 from tests.tiny import FAMILIES, flux, latents, sd3
+from tests.tiny_video import wan
 
 
 def scale_dit(**settings):
@@ -82,6 +83,16 @@ def test_what_it_refuses():
         pytest.raises(ConfigError, match="multiples of 3 tokens"),
     ):
         latents(pipe)
+    with (
+        dittune.attach(small := sd3(), scale_dit(window=4, factor=4)),
+        pytest.raises(ConfigError, match="multiples of 4 tokens"),
+    ):
+        latents(small, width=16, height=64)
+    with (
+        dittune.attach(video := wan(), scale_dit()),
+        pytest.raises(ConfigError, match="no small video is made"),
+    ):
+        latents(video)
     apart = dittune.SoftPAG(heads="1:0", u=0.5, perturbation="temperature")
     with (
         dittune.attach(pipe, apart, scale_dit()),
