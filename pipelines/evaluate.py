@@ -85,7 +85,10 @@ def load_prompts(
         ConfigError: neither a set nor a file, no prompt in it, or one the scorer cannot read.
     """
     if name_or_file in PROMPT_SETS:
-        prompts = list(prompt_set(name_or_file, scorer.modality))
+        try:
+            prompts = list(prompt_set(name_or_file, scorer.modality))
+        except ValueError as error:
+            raise ConfigError(f"{error}, for a {scorer.modality} model") from error
     elif Path(name_or_file).is_file():
         prompts = read_lines(Path(name_or_file))
     else:

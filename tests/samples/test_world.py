@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dittune.samples.shapes import world
-from dittune.samples.shapes.prompts import COUNTS, PROMPT_SETS, prompt_set
+from dittune.samples.shapes.prompts import BARE_COUNTS, COUNTS, PROMPT_SETS, prompt_set
 
 
 def scenes(count, seed=0, split="train", objects=None):
@@ -84,13 +84,16 @@ def test_a_larger_picture_is_the_same_scene():
 
 @pytest.mark.parametrize("name", PROMPT_SETS)
 def test_prompt_sets_are_fixed_and_of_their_split(name):
-    prompts = prompt_set(name)
-    assert len(prompts) == len(set(prompts)) == sum(COUNTS.values())
+    prompts, counts = prompt_set(name), BARE_COUNTS if name.endswith("-bare") else COUNTS
+    assert len(prompts) == len(set(prompts)) == sum(counts.values())
     requests = [world.parse(prompt) for prompt in prompts]
-    assert {n: sum(len(r.objects) == n for r in requests) for n in COUNTS} == COUNTS
+    assert {n: sum(len(r.objects) == n for r in requests) for n in counts} == counts
+    if counts is BARE_COUNTS:
+        assert all(r.background is None and r.relation is None for r in requests)
+        assert not any(thing.size for r in requests for thing in r.objects)
     for request in requests:
         if len(request.objects) > 1:
-            assert world.split_of(kinds(request.objects)) == name
+            assert world.split_of(kinds(request.objects)) == name.removesuffix("-bare")
     singles = {kinds(r.objects)[0] for r in requests if len(r.objects) == 1}
     assert len(singles) == len(world.COLORS) * len(world.SHAPES)
 
@@ -98,3 +101,5 @@ def test_prompt_sets_are_fixed_and_of_their_split(name):
 def test_unknown_prompt_set_names_the_known_ones():
     with pytest.raises(ValueError, match="train, val, test"):
         prompt_set("validation")
+    with pytest.raises(ValueError, match=r"sets: train, val, test$"):
+        prompt_set("test-bare", "video")
