@@ -74,7 +74,7 @@ def eval_command(
         pipeline,
         variants,
         texts,
-        range(seeds),
+        seeds,
         out,
         batch,
         objective=judge,

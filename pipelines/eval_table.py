@@ -29,8 +29,8 @@ def paired_difference(
 ) -> tuple[float, float, float] | None:
     """Mean difference to the baseline on the same prompts and seeds, with a 95 % interval.
 
-    Seeds of one prompt are not independent, so the interval is over per-prompt means. A baseline of
-    several variants counts by its mean.
+    Images of one prompt are not independent, so the interval is over per-prompt means. A baseline
+    of several variants counts by its mean.
     """
     means = _prompt_means(scores, baseline, what)
     if len(means) < 2:

@@ -1,6 +1,8 @@
 """Prompts x seeds x variants -> scored images. What `dittune eval` runs.
 
 Every variant makes the same prompts with the same seeds, so variants are compared image by image.
+No two images of a variant share a seed: how well a picture turns out hangs more on the noise it
+began with than on its prompt, and a table of 200 prompts and 2 seeds would be one of 2 noises.
 Each batch is appended to `images.csv` as it is scored; the same command run again makes only what
 is missing there.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,11 +111,16 @@ def load_prompts(
     return prompts
 
 
+def with_seeds(prompts: Sequence[str], seeds: int) -> list[tuple[str, int]]:
+    """Each prompt `seeds` times, every time with another seed, and none twice: 0, 1, 2, ..."""
+    return [(prompt, seed) for seed, prompt in enumerate(list(prompts) * seeds)]
+
+
 def evaluate(
     pipeline: Pipeline,
     variants: Sequence[Variant],
     prompts: Sequence[str],
-    seeds: Iterable[int],
+    seeds: int,
     out: Path,
     batch: int = 8,
     objective: Objective | None = None,
@@ -124,7 +131,7 @@ def evaluate(
 
     Args:
         pipeline: its own `methods` are replaced by each variant's.
-        seeds: image `j` of a prompt is made with the `j`-th of these.
+        seeds: images a prompt; each has a seed of its own, see `with_seeds`.
         out: folder for `images.csv` (of further processes `images.1.csv`, ...) and `grid.png`.
         batch: images made in one call.
         objective: (images, prompts) -> one more score an image.
@@ -140,7 +147,7 @@ def evaluate(
     paths = team.logs(out / "images.csv") if team.rank == 0 else []
     scores = team.gather([score for path in paths for score in RowLog(path, ImageScore).read()])
     done = {(s.variant, s.prompt, s.seed) for s in scores}
-    wanted = [(prompt, seed) for seed in seeds for prompt in prompts]
+    wanted = with_seeds(prompts, seeds)
     todo = {v.label: [w for w in wanted if (v.label, *w) not in done] for v in variants}
     total = sum(map(len, todo.values()))
     made: list[ImageScore] = []
@@ -153,7 +160,7 @@ def evaluate(
                 bar.update(len(jobs) * team.size)
     scores += team.gather(made)
     if team.rank == 0:
-        _write_grid(pipeline, variants, wanted[0][1], prompts, out, scorer, settings)
+        _write_grid(pipeline, variants, wanted[: len(prompts)], out, scorer, settings)
     asked = set(wanted)
     asked_scores = [s for s in scores if s.variant in todo and (s.prompt, s.seed) in asked]
     return sorted(asked_scores, key=lambda s: list(todo).index(s.variant))
@@ -224,12 +231,13 @@ def _chunks(items: list, size: int) -> Iterator[list]:
         yield items[i : i + size]
 
 
-def _write_grid(pipeline, variants, seed: int, prompts, out: Path, scorer, settings) -> None:
-    """One row a variant, the same prompts and seed in every row."""
-    chosen = [prompts[int(i)] for i in np.linspace(0, len(prompts) - 1, GRID_PROMPTS)]
+def _write_grid(pipeline, variants, wanted, out: Path, scorer, settings) -> None:
+    """One row a variant, the same prompts and seeds in every row."""
+    columns = [wanted[int(i)] for i in np.linspace(0, len(wanted) - 1, GRID_PROMPTS)]
+    chosen, seeds = [list(column) for column in zip(*columns, strict=True)]
     pictures = []
     for variant in variants:
-        made = _make(pipeline, variant, chosen, [seed] * len(chosen), settings).images
+        made = _make(pipeline, variant, chosen, seeds, settings).images
         pictures += [scorer.show(image) for image in made]
     labels = [f"{v.label}: {p}" for v in variants for p in chosen]
     grid(pictures, columns=len(chosen), labels=labels).save(out / "grid.png")

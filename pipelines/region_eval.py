@@ -57,7 +57,7 @@ def evaluate_regions(
             if variant is not None:
                 fields = {n: getattr(variant, n) for n in ("scale", "start", "stop")}
                 pipeline.methods.append(Regions(regions=regions_of(request, layout), **fields))
-            image = pipeline(prompt, seed=7, progress=False, **settings).images[0]
+            image = pipeline(prompt, seed=i, progress=False, **settings).images[0]
             picture = np.asarray(image.convert("RGB"))
             found = score.segment(picture)[1]
             right.append(score.score(picture, request).success)

@@ -14,7 +14,7 @@ from dittune.errors import ConfigError
 from dittune.methods.softpag import KINDS
 from dittune.models import DENOISER_NAMES, facts_for
 from dittune.pipelines.arguments import call_settings, check_numbers, read_lines
-from dittune.pipelines.evaluate import load_prompts
+from dittune.pipelines.evaluate import load_prompts, with_seeds
 from dittune.pipelines.headhunt import heat_map
 from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_objective
 from dittune.pipelines.headhunt.search import Found, Search, Trial, hunt
@@ -82,7 +82,7 @@ def headhunt_command(
             f"{rounds} rounds of {per_round} heads need {rounds * per_round} heads, "
             f"{config.model} has {len(heads)}"
         )
-    pairs = [(text, seed) for seed in range(seeds) for text in texts]
+    pairs = with_seeds(texts, seeds)
     log = out.with_suffix(".csv")
     found, plain = hunt(pipeline, judge, heads, pairs, search, log, team)
     if team.rank > 0:

@@ -36,7 +36,7 @@ class Painter:
                 world.SceneObject(n.color, n.shape, 16 + 32 * (i % 2), 16 + 32 * (i // 2), 10)
                 for i, n in enumerate(request.objects)
             ]
-            if self.methods and number == 1:
+            if self.methods and number % 2:
                 things = things[1:]
             scene = world.Scene(tuple(things), request.background or "white")
             images.append(Image.fromarray(world.draw(scene)))
@@ -48,14 +48,14 @@ PROMPTS = ["a red circle", "a blue square and a pink ring", "a green cross on a 
 
 def run(painter, out, variants=None):
     variants = variants or [Variant("none"), Variant("worse", (dittune.SoftPAG(heads="0:0"),))]
-    return evaluate.evaluate(painter, variants, PROMPTS, range(2), out, batch=2)
+    return evaluate.evaluate(painter, variants, PROMPTS, 2, out, batch=2)
 
 
 def test_scores_pairs_and_resumption(tmp_path):
     painter = Painter()
     scores = run(painter, tmp_path)
     assert len(scores) == 12 and all(s.success for s in scores if s.variant == "none")
-    assert [s.seed for s in scores if not s.success] == [1, 1, 1]
+    assert [s.seed for s in scores if not s.success] == [1, 3, 5]
     rows = eval_table.summarize(scores)
     assert [row["success"]["share"] for row in rows] == [1.0, 0.5]
     assert rows[0]["difference"] is None and rows[1]["difference"][0] == -0.5
@@ -65,6 +65,12 @@ def test_scores_pairs_and_resumption(tmp_path):
     (tmp_path / "images.csv").write_text("\n".join(lines[:-2]) + "\n")
     assert run(painter, tmp_path) == scores or len(run(painter, tmp_path)) == 12
     assert painter.calls <= calls + 1 + 2 * 2 + 2  # two missing images, and the grids
+
+
+def test_no_two_images_begin_with_the_same_noise():
+    pairs = evaluate.with_seeds(PROMPTS, 2)
+    assert [prompt for prompt, _ in pairs] == PROMPTS * 2
+    assert [seed for _, seed in pairs] == list(range(6))
 
 
 def test_wilson_interval():
