@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/padded_row.py": {"call"},
+    "dittune/uncompiled.py": set(),
     "dittune/seam.py": {"call", "errors", "method", "padded_row", "run"},
     "dittune/denoiser.py": {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
@@ -32,7 +33,7 @@ MAY_IMPORT = {
         "class_swap", "denoiser", "errors", "method", "models", "run", "scheduler_seam",
     },
     "dittune/words/": {
-        "call", "errors", "heads", "method", "run", "scheduler_seam", "words",
+        "call", "errors", "heads", "method", "run", "scheduler_seam", "uncompiled", "words",
     },
     "dittune/subjects/": {
         "call", "errors", "heads", "method", "run", "subjects", "words",
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     },
     "dittune/methods/": {
         "call", "errors", "heads", "kernels", "method", "patterns", "perturbation", "run",
-        "sparse", "subjects", "words",
+        "sparse", "subjects", "uncompiled", "words",
     },
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},

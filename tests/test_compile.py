@@ -1,11 +1,14 @@
 """`torch.compile`: blocks in one graph each, the whole denoiser, in the orders that are allowed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import dittune
 from dittune.errors import SeamError
 from dittune.models import facts_for
+from tests.test_contract import ACTIVE, FAMILIES_OF, PROMPTS
 from tests.tiny import FAMILIES, Nothing, denoiser, flux, latents, sd3
 
 
@@ -22,6 +25,7 @@ BLOCKS = (
     "FluxTransformerBlock",
     "FluxSingleTransformerBlock",
     "BasicTransformerBlock",
+    "WanTransformerBlock",
 )
 
 
@@ -188,3 +192,63 @@ def test_a_denoiser_replaced_by_its_compiled_wrapper():
         torch.testing.assert_close(latents(pipe), eager)
     torch.testing.assert_close(latents(pipe), plain)
     assert graphs() >= 2
+
+
+# In these each block stays one graph; the others break it at attention (docs/checkpoints.md).
+WHOLE_GRAPHS = {"softpag", "reweight", "natten", "clear", "radial", "vmoba", "merge_padding"}
+# Tested elsewhere in this file, or like another method in all that the compiler sees.
+LIKE_OTHERS = {"softpag", "clear", "sparsed", "attend_and_excite", "conform", "isolation"}
+EVERY_METHOD = [
+    pytest.param(backend, name, marks=pytest.mark.slow if is_slow else ())
+    for backend in ("eager", "aot_eager", "inductor")
+    for name in (ACTIVE if backend != "inductor" else ["a_star"])
+    for is_slow in [backend != "eager" or name in LIKE_OTHERS]
+]
+
+
+@pytest.mark.parametrize(("backend", "name"), EVERY_METHOD)
+def test_every_method_gives_in_compiled_blocks_what_it_gives_in_eager_ones(backend, name):
+    """A method may break the graph of a block, but neither its result nor the generation.
+
+    SD3 has more layers here than a function may have graphs: none belongs to one layer.
+    """
+    build = next(iter(FAMILIES_OF.get(name, {"sd3": sd3}).values()))
+    method = dittune.load_method(name)(**(ACTIVE[name] or [{}])[0])
+    pipe = sd3(num_layers=9) if build is sd3 else build()
+    prompt = PROMPTS.get(name, "a red circle")
+    with dittune.attach(pipe, method):
+        eager = latents(pipe, prompt)
+    for module in denoiser(pipe).modules():
+        if type(module).__name__ in BLOCKS:
+            module.compile(backend=backend, fullgraph=name in WHOLE_GRAPHS)
+    with (
+        dittune.attach(pipe, method),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
+        torch.testing.assert_close(latents(pipe, prompt), eager, atol=2e-4, rtol=1e-3)
+    assert graphs() > 0
+    assert bool(torch._dynamo.utils.counters["graph_break"]) == (name not in WHOLE_GRAPHS)
+
+
+def test_the_page_on_compiling_names_the_methods_that_are_whole_graphs():
+    page = Path(__file__).parent.parent / "docs" / "checkpoints.md"
+    said = page.read_text().partition("stays one graph under ")[2].partition(";")[0]
+    assert {part.strip("`") for part in said.replace(" and ", ", ").split(", ")} == WHOLE_GRAPHS
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("name", ["attend_and_excite", "scale_dit"])
+def test_a_compiled_denoiser_under_methods_that_break_the_graph(name, wrapped):
+    """Gradients, and keys that are kept, are taken outside of what is compiled."""
+    pipe, method = sd3(), dittune.load_method(name)(**ACTIVE[name][0])
+    plain = latents(pipe)
+    with dittune.attach(pipe, method):
+        eager = latents(pipe)
+    if wrapped:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    else:
+        pipe.transformer.compile(backend="eager")
+    with dittune.attach(pipe, method):
+        torch.testing.assert_close(latents(pipe), eager, atol=2e-4, rtol=1e-3)
+    assert graphs() > 0
+    torch.testing.assert_close(latents(pipe), plain, atol=2e-4, rtol=1e-3)

@@ -107,6 +107,7 @@ class AttentionRegulation(Method):
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
         return with_core(self.name, self._core, call, proceed)
 
+    @torch.compiler.disable  # a descent inside
     def _core(self, core: Callable[[AttnCall], torch.Tensor], call: AttnCall) -> torch.Tensor:
         """The model's attention core, but regulated in the conditional rows that have words."""
         call = call._replace(core=core)

@@ -84,6 +84,7 @@ class Regions(Method):
             memory.plans = {}
         return model(inputs)
 
+    @torch.compiler.disable  # shapes depend on the boxes
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
         memory = call.run.memory(self)
         size = call.query.shape[0] // len(call.roles)

@@ -23,6 +23,7 @@ from dittune.patterns import Box, Plan, SameWindow, TokenOrder, best_order
 from dittune.run import ModelInputs, Run
 from dittune.sparse.method import SparseMethod
 from dittune.sparse.plan import Place, Ready, choose_backend, image_plan
+from dittune.uncompiled import uncompiled
 
 Model = Callable[[ModelInputs], torch.Tensor]
 
@@ -91,7 +92,8 @@ class ScaleDiT(SparseMethod):
             if any(_name(role) not in memory.kept for role in inputs.roles):
                 memory.pass_ = "guide"
                 timestep = torch.zeros_like(inputs.kwargs["timestep"])
-                model(self._small(inputs, memory.picture, timestep, spread=self.factor))
+                with uncompiled():
+                    model(self._small(inputs, memory.picture, timestep, spread=self.factor))
         memory.pass_ = "picture"
         return super().around_model(inputs, model)
 
@@ -155,6 +157,12 @@ class ScaleDiT(SparseMethod):
         return replace(inputs, kwargs=kwargs)
 
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
+        if not self.guide:
+            return super().attend(call, proceed)
+        return self._guided(call, proceed)
+
+    @torch.compiler.disable  # keys are kept by layer
+    def _guided(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
         memory = call.run.memory(self)
         if memory.pass_ == "small picture":
             return proceed(call)

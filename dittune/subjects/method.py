@@ -179,6 +179,7 @@ class SubjectMethod(Method):
             grid = next(iter(layouts.values())).grid[1:]
             memory.masks = read_masks(self.masks, self.labels, named, grid)
 
+    @torch.compiler.disable  # shapes depend on where the subjects are
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
         memory = call.run.memory(self)
         count = call.query.shape[0] // len(call.roles)

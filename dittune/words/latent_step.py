@@ -23,6 +23,7 @@ from dittune.heads import parse_layers
 from dittune.method import Method
 from dittune.run import ModelInputs, Run
 from dittune.scheduler_seam import takes_latents
+from dittune.uncompiled import uncompiled
 from dittune.words.attn_maps import MapMean, WordMaps, text_maps, word_maps, word_sites
 from dittune.words.latent_inputs import checkpointed, frozen, latents_of, with_latents
 from dittune.words.tokens import Concept, find_concepts, parse_concepts, words_of_pictures
@@ -128,6 +129,7 @@ class LatentStep(Method):
         memory.watch = None
         return prediction
 
+    @torch.compiler.disable  # it looks at the site, and keeps what it sees
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
         memory = call.run.memory(self)
         own, cond = call.chunk_of(self), call.chunk_of("cond")
@@ -177,6 +179,7 @@ class LatentStep(Method):
         memory.maps = MapMean()
         latents = latents.detach().requires_grad_()
         with ExitStack() as stack:
+            stack.enter_context(uncompiled())
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(host.model))
             if self.checkpointing:
