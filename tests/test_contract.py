@@ -41,7 +41,12 @@ NEUTRAL = {
 }
 PAIR = ["a red circle", "a red circle and a blue square"]
 BOXES = "0,0,0.5,1: red circle; 0.5,0,1,1: blue square"
-PROMPTS = {"shared_attention": PAIR, "isolation": PAIR}  # of the active settings; else one picture
+PROMPTS = {  # of the active settings; else one picture of one object
+    "shared_attention": PAIR,
+    "isolation": PAIR,
+    "attend_and_excite": PAIR[1],
+    "a_star": PAIR[1],
+}
 ACTIVE = {
     "softpag": [
         {"heads": "0:1,1:*"},

@@ -15,7 +15,7 @@ import torch
 from dittune.words.attn_maps import WordMaps, otsu
 from dittune.words.latent_step import LatentStep
 from dittune.words.map_losses import retention, segregation
-from dittune.words.tokens import Concept, find_concepts
+from dittune.words.tokens import Concept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class AStar(LatentStep):
     """
 
     def find(self, prompt: str) -> Sequence[Concept]:
-        return [concept[-1:] for concept in find_concepts(prompt)]
+        return [concept[-1:] for concept in super().find(prompt)]
 
     def loss(self, picture: WordMaps, before: Any) -> torch.Tensor:
         maps = _concepts(picture)

@@ -16,7 +16,7 @@ from dittune.errors import ConfigError
 from dittune.words.attn_maps import WordMaps, smooth
 from dittune.words.latent_step import LatentStep
 from dittune.words.map_losses import neglect
-from dittune.words.tokens import Concept, find_concepts
+from dittune.words.tokens import Concept
 
 # Share of the steps at which updates are repeated, and the loss that is enough there.
 REFINEMENT = ((0.0, 0.95), (0.2, 0.5), (0.4, 0.2))
@@ -51,7 +51,7 @@ class AttendAndExcite(LatentStep):
             )
 
     def find(self, prompt: str) -> Sequence[Concept]:
-        return [concept[-1:] for concept in find_concepts(prompt)]
+        return [concept[-1:] for concept in super().find(prompt)]
 
     def loss(self, picture: WordMaps, before: Any) -> torch.Tensor:
         return neglect(smooth(picture.tempered().of(picture.words.words)))

@@ -38,8 +38,8 @@ class LatentStep(Method):
     """Moves the latents down the gradient of a loss on maps of words. Derive and give the loss.
 
     Args:
-        concepts: `red+circle, blue+square`; empty finds the noun groups of each prompt. A picture
-            without a concept is left alone.
+        concepts: `red+circle, blue+square`; empty finds the noun groups of each prompt, two or
+            more. A picture without a concept is left alone.
         scale: step size; the step at a step of the generation is `scale` times the root of a line
             from 1 at its first step to 0.5 at its last.
         layers: whose maps are read, `3,5-7`, counted among the joint or cross layers; empty is the
@@ -76,8 +76,12 @@ class LatentStep(Method):
     # ------------------------------------------------------------- what a method has to say
 
     def find(self, prompt: str) -> Sequence[Concept]:
-        """The concepts of a prompt when none are given."""
-        return find_concepts(prompt)
+        """The concepts of a prompt when none are given; none where there is only one.
+
+        A concept alone competes with no other: moving the latents for it only does harm.
+        """
+        found = find_concepts(prompt)
+        return found if len(found) > 1 else ()
 
     def loss(self, picture: WordMaps, before: Any) -> torch.Tensor:
         """Loss of one picture; `before` is what `remember` kept of the step before, or None."""
