@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def _read_png(path: Path, grid: tuple[int, int]) -> torch.Tensor | None:
     if not path.exists():
         return None
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # Pillow's, of metadata nobody reads
             values = np.asarray(image.convert("L"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"cannot read the mask {path}: {error}") from error
