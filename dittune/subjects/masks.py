@@ -83,9 +83,10 @@ def _read_png(path: Path, grid: tuple[int, int]) -> torch.Tensor | None:
     if not path.exists():
         return None
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of metadata nobody reads
-            values = np.asarray(image.convert("L"))
+            with Image.open(path, formats=["PNG"]) as image:
+                values = np.asarray(image.convert("L"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"cannot read the mask {path}: {error}") from error
     height, width = values.shape
