@@ -27,13 +27,7 @@ def draw(
     def y(share: float) -> float:
         return TOP + (high - share) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    width = PANEL * len(sweeps)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="16" font-size="13">success, {title}</text>',
-    ]
+    parts = _sheet(PANEL * len(sweeps), f"success, {title}")
     for i, (name, rows) in enumerate(sweeps.items()):
         left, right = i * PANEL + LEFT, (i + 1) * PANEL - 16
         for tick in range(5):
@@ -78,12 +72,7 @@ def against_work(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
     def y(gap: float) -> float:
         return TOP + (high - gap) / (high - low) * (bottom - TOP)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + LEGEND} {HEIGHT}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{right + LEGEND}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="16" font-size="13">points of success against dense, {title}</text>',
-    ]
+    parts = _sheet(right + LEGEND, f"points of success against dense, {title}")
     for tick in range(5):
         gap = low + (high - low) * tick / 4
         parts.append(_line(LEFT, y(gap), right, y(gap), "#e4e4e0"))
@@ -105,6 +94,16 @@ def against_work(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{ink}"/>')
         parts.append(f'<text x="{right + 12}" y="{TOP + 16 * i + 10}" fill="{ink}">{name}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _sheet(width: int, title: str) -> list[str]:
+    """The beginning of a picture: its size, a white ground, the title."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="16" font-size="13">{title}</text>',
+    ]
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, color: str, more: str = "") -> str:

@@ -1,8 +1,8 @@
 """Prompts x seeds x variants -> scored images. What `dittune eval` runs.
 
 Every variant makes the same prompts with the same seeds, so variants are compared image by image.
-No two images of a variant share a seed: how well a picture turns out hangs more on the noise it
-began with than on its prompt, and a table of 200 prompts and 2 seeds would be one of 2 noises.
+No two images of a variant share a seed: how well a picture turns out hangs on the noise it began
+with, and a table of 200 prompts with the same 2 seeds would be one of 2 noises.
 Each batch is appended to `images.csv` as it is scored; the same command run again makes only what
 is missing there.
 """

@@ -110,8 +110,9 @@ class CoreMethod(Method):
             dense_steps: steps at which it acts, but leaves attention dense.
         """
         sites = run.host.facts.sites(run.host.model)
-        kinds = {site.kind for site in self.sites(sites)}
-        layers = len(self.sites(sites)) / sum(site.kind in kinds for site in sites)
+        own = self.sites(sites)
+        kinds = {site.kind for site in own}
+        layers = len(own) / sum(site.kind in kinds for site in sites)
         acts = sum(self.acts_at(step, run.num_steps) for step in range(run.num_steps))
         return 1 - layers * (1 - share) * max(0, acts - dense_steps) / max(run.num_steps, 1)
 

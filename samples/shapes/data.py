@@ -62,7 +62,7 @@ class SceneLatents:
     Args:
         marked: the probability with which an object of the same scenes is notched (`marks.py`).
         missing: the probability with which a picture lacks an object that its caption names, as
-            pictures of the web do. Every picture keeps one.
+            pictures of the web do; one of them, drawn at random, always stays.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ def caption(clip: Clip, rng: np.random.Generator) -> str:
             phrases.append(f"a {STILL} {words}")
         else:
             phrases.append(f"{world.article(words)} moving {thing.motion}")
-    text = ", ".join(phrases[:-1]) + (" and " if len(phrases) > 1 else "") + phrases[-1]
+    text = world.listed(phrases)
     if rng.random() < 0.3:
         text += f" on {world.article(clip.background)} background"
     return text

@@ -68,5 +68,4 @@ def _bare(name: str) -> tuple[str, ...]:
 
 
 def _list(kinds: Sequence[tuple[str, str]]) -> str:
-    *others, last = [world.article(" ".join(kind)) for kind in kinds]
-    return f"{', '.join(others)} and {last}" if others else last
+    return world.listed([world.article(" ".join(kind)) for kind in kinds])

@@ -10,7 +10,7 @@ from the last saved state in `--work`. The learning rate is constant, then falls
 over the last 30 % of `--steps`, so a run can be lengthened or cut short by another `--steps`.
 
 `--marked 0.8` gives four fifths of the objects a mark that no caption names (`marks.py`);
-`--missing 0.5` leaves half of the named objects out of the pictures, as captions of the web do.
+`--missing 0.5` leaves each named object but one out of its picture with probability one half.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def train(
         scenes: how many training scenes or clips there are; None is the usual number.
         compiled: run through `torch.compile`.
         marked: share of objects with a mark, which no caption names (`marks.py`).
-        missing: share of the named objects that a picture lacks (`SceneLatents`).
+        missing: probability that a picture lacks a named object (`SceneLatents`).
     """
     rank, world_size = processes()
     if rank > 0:

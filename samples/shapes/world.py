@@ -64,9 +64,6 @@ class Scene:
     background: str
 
 
-# ---------------------------------------------------------------------------- drawing
-
-
 def shape_distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
     """Signed distance in pixels (negative inside) to a shape of half extent `r` around the origin.
 
@@ -109,9 +106,6 @@ def draw(scene: Scene, side: int = CANVAS) -> np.ndarray:
         ]
         picture = (1 - alpha) * picture + alpha * np.float32(COLORS[thing.color])
     return np.round(picture).astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------- sampling
 
 
 def split_of_pair(first: tuple[str, str], second: tuple[str, str]) -> str:
@@ -180,11 +174,13 @@ def sample_scene(rng: np.random.Generator, count: int | None = None, split: str 
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))))
 
 
-# ---------------------------------------------------------------------------- captions
-
-
 def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def listed(phrases: Sequence[str]) -> str:
+    *others, last = phrases
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def true_relations(first: SceneObject, second: SceneObject) -> list[str]:
@@ -204,7 +200,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     if relations and rng.random() < 0.35:
         text = f" {rng.choice(relations)} ".join(phrases)
     else:
-        text = ", ".join(phrases[:-1]) + (" and " if len(phrases) > 1 else "") + phrases[-1]
+        text = listed(phrases)
     if rng.random() < 0.4:
         text += f" on {article(scene.background)} background"
     return text

@@ -41,6 +41,8 @@ def browser():
     installed = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
     own = os.environ.get("DITTUNE_CHROMIUM") or next(filter(None, installed), None)
     with playwright.sync_playwright() as driver:
+        # `-m slow` takes these tests along where nobody asked for a browser. Only its absence skips
+        # them: one that is there and does not start is an error.
         if own is None and not Path(driver.chromium.executable_path).exists():
             pytest.skip("no Chromium here; `playwright install chromium` gets one")
         started = driver.chromium.launch(executable_path=own, args=["--no-sandbox"])
