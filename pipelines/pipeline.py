@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import dittune
@@ -119,7 +120,7 @@ class Pipeline:
         Raises:
             ConfigError: an argument the pipeline does not have, no prompt, a seed out of range, or
                 a size it cannot make.
-            DittuneError: out of memory; says what to lower.
+            DittuneError: out of memory, or pictures of nan; says what to lower.
         """
         signature = inspect.signature(self.pipe.__call__)
         arguments = self._bind(signature, args, kwargs)
@@ -128,9 +129,14 @@ class Pipeline:
         self.pipe.set_progress_bar_config(disable=not progress)
         started = time.perf_counter()
         try:
-            with attach(self.pipe, *self.methods) as handle:
+            with attach(self.pipe, *self.methods) as handle, np.errstate(invalid="raise"):
                 output = self.pipe(**arguments)
                 report = handle.report()
+        except FloatingPointError as error:  # NumPy's, on its way from floats to pixels
+            raise DittuneError(
+                "the pixels came out as nan; lower the guidance scale and the scales of methods, "
+                "or choose dtype float32 or bfloat16"
+            ) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -36,7 +36,7 @@ class WanBundle(nn.Module):
     loss_name: ClassVar = "flow"
     autoencoder: ClassVar = "video_autoencoder"
     has_shifted_latents: ClassVar = True
-    compiles: ClassVar = False  # not compared yet
+    compiles: ClassVar = True
 
     def __init__(self):
         super().__init__()

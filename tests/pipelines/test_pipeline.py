@@ -103,6 +103,12 @@ def test_out_of_memory_says_what_to_lower(saved, error):
         pipe("a red circle", **SMALL)
 
 
+def test_pixels_of_nan_are_an_error(saved):
+    pipe = dittune.Pipeline.from_pretrained(str(saved))
+    with pytest.raises(DittuneError, match="pixels came out as nan; lower the guidance scale"):
+        pipe("a red circle", guidance_scale=1e38, **SMALL)
+
+
 def test_out_of_memory_while_loading(saved, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA")
