@@ -25,7 +25,7 @@ from dittune.pipelines.cli_options import (
 
 def evaluate(
     prompts: Annotated[str, typer.Option(help="train, val, test, or a file")] = "val",
-    seeds: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="images a prompt")] = 1,
     limit: Annotated[int | None, typer.Option(min=2, help="use this many prompts")] = None,
     objects: Annotated[str, typer.Option(help="only prompts of so many objects: 2,3")] = "",
     model: Model = "shapes-sd3",
@@ -73,7 +73,7 @@ def headhunt(
     objective_model: Annotated[str | None, typer.Option(help="its weights: folder, hub id")] = None,
     prompts: Annotated[str, typer.Option(help="train, val, or a file")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="use this many prompts")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="images a prompt")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="how often heads are added")] = 1,
     per_round: Annotated[int, typer.Option(min=1, help="heads added in a round")] = 3,
     halving: Annotated[bool, typer.Option(help="drop hopeless heads early")] = False,
