@@ -24,8 +24,8 @@ from dittune.pipelines.attention_bench.rivals import dense_rivals
 from dittune.pipelines.attention_bench.shapes import (
     CPU_SHAPES,
     GPU_SHAPES,
-    PATTERNS,
     Shape,
+    patterns_of,
     plan_of,
     sample_mask,
 )
@@ -86,7 +86,7 @@ def bench_attention(cpu: bool, only: str, rounds: int, out: Path) -> dict[str, A
     log.read()  # fails early where the file is another one
     rows, skipped = [], []
     for shape in CPU_SHAPES if is_cpu else GPU_SHAPES:
-        names = [f"{shape.name}/{p}/{b}" for p in PATTERNS
+        names = [f"{shape.name}/{p}/{b}" for p in patterns_of(shape)
                  for b in (("cpu",) if is_cpu else ("triton", "flex"))]  # fmt: skip
         wanted = [name.split("/")[1:] for name in names if only in name]
         if not wanted:

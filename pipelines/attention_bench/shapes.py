@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 
 from dittune.call import TokenLayout
+from dittune.methods.radial import Radial
 from dittune.patterns import Local, Neighborhood, Pattern, Plan, TokenOrder, best_order
+from dittune.patterns.algebra import BlockRule
+from dittune.patterns.grid import coordinates
 from dittune.patterns.sliding_tile import SlidingTile
 from dittune.sparse.plan import Place, image_plan
 
@@ -53,6 +56,7 @@ CPU_SHAPES = (
     Shape("image-16k", (1, 128, 128), 0, 4, 64),
     Shape("image-64k", (1, 256, 256), 0, 4, 64),
     Shape("video-5k", (5, 30, 36), 0, 4, 64),
+    *(Shape(f"video-{frames}-frames", (frames, 12, 20), 0, 4, 64) for frames in (8, 16, 32, 64)),
 )
 
 
@@ -87,20 +91,30 @@ PATTERNS: dict[str, Callable[[Shape, int], tuple[Pattern, TokenOrder]]] = {
 }
 
 
+def patterns_of(shape: Shape) -> list[str]:
+    """What is timed on a shape; radial attention is among frames."""
+    return [*PATTERNS, *(["radial"] if shape.grid[0] > 1 else [])]
+
+
 def plan_of(shape: Shape, pattern: str, device: torch.device) -> Plan:
     """The plan of one pattern on one shape."""
     place = shape.place(device)
+    if pattern == "radial":
+        return Radial(decay=1.0).plan(place)
     return image_plan(place, *PATTERNS[pattern](shape, place.block))
 
 
 def sample_mask(plan: Plan, shape: Shape, rows: torch.Tensor) -> torch.Tensor:
     """What some tokens see, by the definition of the pattern: bool `[rows, tokens]`."""
-    from dittune.patterns.grid import coordinates
-
     pattern = dict(plan.rules[0])["image", "image"]
     places = coordinates(shape.grid)
     mask = torch.ones(len(rows), shape.text + len(places), dtype=torch.bool)
     is_image = rows >= shape.text
-    seen = pattern.allows(places[rows[is_image] - shape.text][:, None], places)
+    chosen = rows[is_image] - shape.text
+    if isinstance(pattern, BlockRule):  # its tokens are row-major
+        kept, numbers = pattern.keep(*plan.block), torch.arange(len(places))
+        seen = kept[chosen // plan.block[0]][:, numbers // plan.block[1]]
+    else:
+        seen = pattern.allows(places[chosen][:, None], places)
     mask[is_image, shape.text :] = seen
     return mask

@@ -12,7 +12,7 @@ from dittune.call import AttnCall, Site, TokenLayout
 from dittune.errors import DittuneError
 from dittune.kernels.block_sparse import op
 from dittune.pipelines.attention_bench import bench
-from dittune.pipelines.attention_bench.shapes import GPU_SHAPES, PATTERNS, Shape, plan_of
+from dittune.pipelines.attention_bench.shapes import GPU_SHAPES, Shape, patterns_of, plan_of
 from dittune.pipelines.row_log import RowLog
 from dittune.run import Run
 from dittune.seam import Link, stock_attention
@@ -27,7 +27,8 @@ def test_rows_are_recorded_and_drawn(tmp_path, monkeypatch):
     result = bench.bench_attention(True, "", 2, tmp_path)
     bench.bench_attention(True, "joint/tiles", 2, tmp_path)
     log = RowLog(tmp_path / "attention.csv", bench.Timing).read()
-    assert len(result["rows"]) == len(TINY) * len(PATTERNS) == len(log) - 1
+    assert len(result["rows"]) == sum(len(patterns_of(shape)) for shape in TINY) == len(log) - 1
+    assert {row.shape for row in log if row.pattern == "radial"} == {"video"}
     assert not result["skipped"] and "of the bound" in bench.as_text(result)
     ElementTree.fromstring((tmp_path / "attention.svg").read_text())
 
@@ -46,7 +47,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_plans_of_all_models_but_the_largest():
     for shape in GPU_SHAPES:
-        for pattern in PATTERNS if shape.name != "flux-8k" else ():
+        for pattern in patterns_of(shape) if shape.name != "flux-8k" else ():
             plan = plan_of(shape, pattern, torch.device("cuda"))
             assert plan.block == (128, 128) and plan.layouts[0].sure > 0
 
