@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dittune.attach import attach
 from dittune.config import RunConfig, build_methods, resolve
 from dittune.errors import ConfigError
 from dittune.methods.merge_padding import MergePadding
@@ -70,6 +71,9 @@ def eval_command(
     texts = load_prompts(prompts, limit, objects, scorer)
     if judge and scorer.modality == "video":
         raise ConfigError("objectives score pictures; leave --objective out for a video model")
+    for variant in variants:  # what the model refuses, before the first picture is made
+        with attach(pipeline.pipe, *variant.methods):
+            pass
     scores = evaluate(
         pipeline,
         variants,

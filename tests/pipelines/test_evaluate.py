@@ -169,6 +169,16 @@ def test_the_command(saved, tmp_path, capsys):
     assert "| pag |" in (tmp_path / "table.md").read_text()
 
 
+def test_what_the_model_refuses_is_refused_before_the_first_picture(saved, tmp_path, capsys):
+    words = ["eval", "--model", str(saved), "--prompts", "val", "--limit", "2", "--steps", "1"]
+    words += ["--method", "none", "--method", "natten", "--set", "natten.dense_layers=9"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert "dense_layers names layer 9" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "images.csv").exists()
+
+
 def test_sweeps_guidance_and_a_further_score(saved, tmp_path, capsys):
     arguments = ["eval", "--model", saved, "--limit", 3, "--steps", 1, "--guidance-scale", 1]
     arguments += ["--method", "none", "--method", "none@4", "--method", "pag=softpag"]
