@@ -20,6 +20,7 @@ from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_object
 from dittune.pipelines.headhunt.search import Found, Search, Trial, hunt
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
+from dittune.pipelines.scorers import Scorer, scorer_for
 from dittune.pipelines.team import Team
 
 
@@ -52,11 +53,11 @@ def headhunt_command(
     """
     check_numbers(config)
     team = Team()
-    texts = _prompts(prompts, limit, objective)
     method = dict(config.methods["softpag"])
     method.pop("heads")
     device = team.device(config.device)
     pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
+    texts = _prompts(prompts, limit, objective, scorer_for(pipeline.pipe))
     settings = call_settings(pipeline.pipe, config)
     search = Search(
         rounds=rounds,
@@ -108,9 +109,11 @@ def head_pool(pipeline: Pipeline, kind: str) -> list[str]:
     return [f"{s.layer}:{head}" for s in sites if s.kind == kind for head in range(s.heads)]
 
 
-def _prompts(prompts: str, limit: int | None, objective: str) -> list[str]:
+def _prompts(prompts: str, limit: int | None, objective: str, scorer: Scorer) -> list[str]:
+    if scorer.modality == "video" and objective != "shapes" and ":" not in objective:
+        raise ConfigError(f"objective {objective} scores pictures; videos: shapes, MODULE:FUNCTION")
     if objective in SHAPES_OBJECTIVES or not Path(prompts).is_file():
-        return load_prompts(prompts, limit)
+        return load_prompts(prompts, limit, scorer=scorer)
     texts = read_lines(Path(prompts))[:limit]
     if not texts:
         raise ConfigError(f"{prompts} holds no prompt")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dittune.errors import CheckpointError, ConfigError
 from dittune.samples.shapes import score, world
+from dittune.samples.shapes.score_video import score_video
 
 Objective = Callable[[Sequence[Image.Image], Sequence[str]], list[float]]
 
@@ -24,19 +25,24 @@ PREFERENCE_MODELS = {
 }
 
 
-def shapes(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """Share of a prompt's questions that the Shapes scorer answers with yes.
+def shapes(made: Sequence[Image.Image | Sequence[Image.Image]], prompts: Sequence[str]):
+    """Share of a prompt's questions that the Shapes scorer answers with yes; videos are frames.
 
-    The questions: each object there with its colour and shape, each stated size, the stated
-    relation and background, and nothing else in the picture.
+    The questions: each object there with its colour and shape (in all frames, without a jump), each
+    stated size, motion, relation and background, and nothing else there.
     """
-    return [_share(score.score(_pixels(i), p)) for i, p in zip(images, prompts, strict=True)]
+    return [_share(one, prompt) for one, prompt in zip(made, prompts, strict=True)]
 
 
-def _share(answer: score.Score) -> float:
-    stated = (*answer.sizes, answer.relation, answer.background)
-    answers = [*answer.objects, answer.extra == 0, *(a for a in stated if a is not None)]
-    return sum(answers) / len(answers)
+def _share(made: Image.Image | Sequence[Image.Image], prompt: str) -> float:
+    if isinstance(made, Image.Image):
+        found = score.score(_pixels(made), prompt)
+        answers = (*found.objects, *found.sizes, found.relation, found.background)
+    else:
+        found = score_video([_pixels(frame) for frame in made], prompt)
+        answers = (*found.kept, *found.sizes, *found.motions, found.background)
+    given = [answer for answer in (*answers, found.extra == 0) if answer is not None]
+    return sum(given) / len(given)
 
 
 def warm(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:

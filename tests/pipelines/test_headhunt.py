@@ -23,9 +23,10 @@ from dittune.pipelines.headhunt import heat_map, objectives
 from dittune.pipelines.headhunt.candidates import SoftPAGPerImage
 from dittune.pipelines.headhunt.search import Search, Trial, hunt
 from dittune.pipelines.row_log import RowLog
-from dittune.samples.shapes import world
+from dittune.samples.shapes import motion, world
 from tests.test_perturbation import explicit, make_call
 from tests.tiny import latents, sd3
+from tests.tiny_video import wan
 
 ROOT = Path(__file__).parents[2]
 HEADS = [f"{layer}:{head}" for layer, head in itertools.product(range(3), range(2))]
@@ -200,6 +201,17 @@ def test_objectives_on_drawn_scenes():
     assert objectives.white([small, both], prompts) == [1.0, 0.0]
 
 
+def test_the_objective_of_videos_asks_for_motions_too():
+    things = [
+        motion.MovingObject(world.SceneObject("red", "circle", 16, 16, 8), "right", 2),
+        motion.MovingObject(world.SceneObject("blue", "square", 44, 44, 10), "still"),
+    ]
+    frames = [Image.fromarray(f) for f in motion.draw(motion.Clip(tuple(things), "white"))]
+    good = "a red circle moving right and a still blue square"
+    half = "a red circle moving left and a blue ring"
+    assert objectives.shapes([frames, frames], [good, half]) == [1.0, 0.25]
+
+
 @pytest.fixture
 def clip_folder(tmp_path):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -308,6 +320,20 @@ def test_the_result_is_a_configuration(saved, tmp_path, capsys):
     assert "belongs to a search with other settings" in capsys.readouterr().err
     assert run(arguments(saved, tmp_path / "more.yaml", **{"--rounds": 7})) == 2
     assert "7 rounds of 1 heads need 7 heads" in capsys.readouterr().err
+
+
+def test_heads_of_a_video_model(tmp_path, capsys):
+    wan().save_pretrained(tmp_path / "tiny-wan")
+    (tmp_path / "run.yaml").write_text("size: '64'\nframes: 5\n")
+    few = {"--limit": 2, "--rounds": 1, "--config": tmp_path / "run.yaml"}
+    words = arguments(tmp_path / "tiny-wan", tmp_path / "heads.yaml", **few)
+    words[words.index("--objective") + 1] = "shapes"
+    assert run(words) == 0
+    assert len(rows(tmp_path)) == 2 + 4 * 2
+    assert "moving" in next(iter(rows(tmp_path)))[2]
+    words[words.index("--objective") + 1] = "warm"
+    assert run([*words, "--out", str(tmp_path / "warm.yaml")]) == 2
+    assert "objective warm scores pictures" in capsys.readouterr().err
 
 
 def launch(command):
