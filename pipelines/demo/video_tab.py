@@ -23,7 +23,7 @@ from dittune.pipelines.demo.repeat import video_command, yaml_command
 from dittune.pipelines.demo.studio import Studio
 from dittune.pipelines.demo.works import Pair, make_pair
 
-METHODS = ["radial", "softpag", "merge_padding"]
+METHODS = ["radial", "natten", "vmoba", "sparsed", "softpag", "merge_padding"]
 NO_MODEL = (
     "### No video model here\n"
     "This version of dittune bundles none. Start the page with one of your own, "
