@@ -59,6 +59,7 @@ STAND_INS = {
 IN_PYTHON = {
     r"height=480, width=832, num_frames=81": "height=32, width=32, num_frames=5",
     r"num_inference_steps=\d+": "num_inference_steps=2",
+    r"\[48:\]": "[48:58]",
     r"dtype=torch.bfloat16": "dtype=torch.float32",
     r"enable_model_cpu_offload\(\)": 'enable_model_cpu_offload(device="cpu")',
     r"compile\(fullgraph=True\)": 'compile(fullgraph=True, backend="eager")',
