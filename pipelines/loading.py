@@ -12,6 +12,7 @@ import torch
 
 import dittune
 from dittune.errors import CheckpointError, ConfigError
+from dittune.local_path import local_path
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,7 +46,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 def locate(name_or_path: str) -> str:
     """A folder or hub id; checked as far as that is possible without loading."""
-    folder = Path(os.path.expanduser(name_or_path))  # unlike Path's own, leaves what it cannot
+    folder = local_path(name_or_path)
     if name_or_path in dittune.available_checkpoints():
         folder = Path(dittune.checkpoint(name_or_path))
     elif not os.path.isdir(folder):  # False also for what is too long to be a path

@@ -19,6 +19,7 @@ import torch
 import dittune
 from dittune.attach import attach
 from dittune.errors import CheckpointError, ConfigError, DittuneError
+from dittune.local_path import local_path
 from dittune.method import Method
 from dittune.models import DENOISER_NAMES, facts_for
 from dittune.pipelines.loading import locate, pick_device, pick_dtype, quiet
@@ -234,7 +235,7 @@ class Pipeline:
 
 def public_name(name_or_path: str) -> str:
     """What a record may say of a model: of a local folder its own name only."""
-    folder = Path(os.path.expanduser(name_or_path))
+    folder = local_path(name_or_path)
     return folder.resolve().name if os.path.isdir(folder) else name_or_path
 
 

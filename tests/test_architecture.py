@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/padded_row.py": {"call"},
     "dittune/uncompiled.py": set(),
+    "dittune/local_path.py": set(),
     "dittune/seam.py": {"call", "errors", "method", "padded_row", "run"},
     "dittune/denoiser.py": {
         "call", "class_swap", "errors", "method", "models", "run", "seam",
@@ -36,7 +37,7 @@ MAY_IMPORT = {
         "call", "errors", "heads", "method", "run", "scheduler_seam", "uncompiled", "words",
     },
     "dittune/subjects/": {
-        "call", "errors", "heads", "method", "run", "subjects", "words",
+        "call", "errors", "heads", "local_path", "method", "run", "subjects", "words",
     },
     "dittune/sparse/": {
         "call", "errors", "heads", "kernels", "method", "patterns", "run", "sparse",

@@ -74,6 +74,7 @@ def test_files_that_once_had_a_traceback(tmp_path, text):
         (check_numbers, config.RunConfig(num_images=10**12)),
         (stories, "tset"),
         (fingerprint, "~nobody-of-this-name"),
+        (fingerprint, "~\0"),
         (fingerprint, LONG),
         (load_objective, ".relative:f"),
         (load_segmenter, ".relative:f"),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dittune.errors import ConfigError
+from dittune.local_path import local_path
 from dittune.subjects.boxes import SIDE, parse_boxes, refuse_overlap
 from dittune.words.attn_maps import otsu, smooth, word_maps
 from dittune.words.tokens import PromptWords
@@ -43,7 +44,7 @@ def read_masks(
         ConfigError: a mask that is missing, empty, of another shape than the pictures, overlapping
             another one of its picture, or of a subject or picture that is not there.
     """
-    folder = Path(os.path.expanduser(source))  # unlike Path's own, leaves what it cannot
+    folder = local_path(source)
     if os.path.isdir(folder):  # False also for boxes that are too long to be a path
         masks = [_from_folder(folder, p, subjects, has, grid) for p, has in enumerate(named)]
     elif ":" in source:
