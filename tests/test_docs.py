@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from diffusers import StableDiffusion3Pipeline
 
 import dittune
 from dittune.pipelines import cli
@@ -45,12 +44,7 @@ ADDED = {
 }
 
 
-def bundled():
-    return StableDiffusion3Pipeline.from_pretrained(dittune.checkpoint("shapes-sd3"))
-
-
 STAND_INS = {
-    "my-marked-checkpoint": bundled,  # not trained on marks: it runs, its scores mean nothing
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": tiny_video.wan,
     "stabilityai/stable-diffusion-3.5-medium": tiny.sd35,
     "stabilityai/stable-diffusion-xl-base-1.0": tiny.sdxl,
