@@ -7,7 +7,7 @@ from typing import Any
 
 PANEL, HEIGHT, LEFT, TOP, BOTTOM = 340, 280, 48, 34, 44
 INK, BASE = "#1f5fbf", "#8a8a85"
-INKS = (INK, "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490")
+INKS = (INK, "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d", "#52525b")
 WIDE, LEGEND = 520, 150  # of the panel of `against_work`
 
 
