@@ -9,7 +9,7 @@ import torch
 
 from dittune.call import TokenLayout
 from dittune.methods.radial import Radial
-from dittune.patterns import Local, Neighborhood, Pattern, Plan, TokenOrder, best_order
+from dittune.patterns import Local, Neighborhood, Plan, best_order
 from dittune.patterns.algebra import BlockRule
 from dittune.patterns.grid import coordinates
 from dittune.patterns.sliding_tile import SlidingTile
@@ -60,48 +60,50 @@ CPU_SHAPES = (
 )
 
 
-def _clear(shape: Shape, block: int) -> tuple[Pattern, TokenOrder]:
+def _clear(shape: Shape, place: Place) -> Plan:
     pattern = Local(16)
-    return pattern, best_order(pattern, shape.grid, block)
+    return image_plan(place, pattern, best_order(pattern, shape.grid, place.block))
 
 
-def _natten(shape: Shape, block: int) -> tuple[Pattern, TokenOrder]:
+def _natten(shape: Shape, place: Place) -> Plan:
     """Windows of about a tenth of the grid, as published for FLUX at 4K and Hunyuan."""
     frames = shape.grid[0]
     shares = (1.0, 0.3125, 0.3125) if frames == 1 else (0.6, 0.5, 0.3)
     window = tuple(max(1, round(n * share)) for n, share in zip(shape.grid, shares, strict=True))
     pattern = Neighborhood(shape.grid, window)
-    return pattern, best_order(pattern, shape.grid, block)
+    return image_plan(place, pattern, best_order(pattern, shape.grid, place.block))
 
 
-def _tiles(shape: Shape, block: int) -> tuple[Pattern, TokenOrder]:
+def _tiles(shape: Shape, place: Place) -> Plan:
     """Three tiles around each on each axis: full blocks only."""
-    tile = {64: (1, 8, 8), 128: (1, 8, 16)}[block]
+    tile = {64: (1, 8, 8), 128: (1, 8, 16)}[place.block]
     if shape.grid[0] > 1:
-        tile = {64: (4, 4, 4), 128: (2, 8, 8)}[block]
+        tile = {64: (4, 4, 4), 128: (2, 8, 8)}[place.block]
     many = (-(-n // t) for n, t in zip(shape.grid, tile, strict=True))
     pattern = SlidingTile(shape.grid, tuple(3 if n >= 3 else 1 for n in many), tile)
-    return pattern, pattern.order(block)
+    return image_plan(place, pattern, pattern.order(place.block))
 
 
-PATTERNS: dict[str, Callable[[Shape, int], tuple[Pattern, TokenOrder]]] = {
+def _radial(shape: Shape, place: Place) -> Plan:
+    return Radial(decay=1.0).plan(place)
+
+
+PATTERNS: dict[str, Callable[[Shape, Place], Plan]] = {
     "tiles-3": _tiles,
     "clear-16": _clear,
     "natten": _natten,
+    "radial": _radial,
 }
 
 
 def patterns_of(shape: Shape) -> list[str]:
     """What is timed on a shape; radial attention is among frames."""
-    return [*PATTERNS, *(["radial"] if shape.grid[0] > 1 else [])]
+    return [name for name in PATTERNS if name != "radial" or shape.grid[0] > 1]
 
 
 def plan_of(shape: Shape, pattern: str, device: torch.device) -> Plan:
     """The plan of one pattern on one shape."""
-    place = shape.place(device)
-    if pattern == "radial":
-        return Radial(decay=1.0).plan(place)
-    return image_plan(place, *PATTERNS[pattern](shape, place.block))
+    return PATTERNS[pattern](shape, shape.place(device))
 
 
 def sample_mask(plan: Plan, shape: Shape, rows: torch.Tensor) -> torch.Tensor:

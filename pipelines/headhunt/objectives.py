@@ -25,7 +25,9 @@ PREFERENCE_MODELS = {
 }
 
 
-def shapes(made: Sequence[Image.Image | Sequence[Image.Image]], prompts: Sequence[str]):
+def shapes(
+    made: Sequence[Image.Image | Sequence[Image.Image]], prompts: Sequence[str]
+) -> list[float]:
     """Share of a prompt's questions that the Shapes scorer answers with yes; videos are frames.
 
     The questions: each object there with its colour and shape (in all frames, without a jump), each
