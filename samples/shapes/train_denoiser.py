@@ -12,6 +12,7 @@ A family is one `nn.Module`, its bundle, with
 - `autoencoder`: the stage that trains its autoencoder, a key of `AUTOENCODERS`;
 - `compiles`: whether `torch.compile` was seen to compute its gradients right;
 - `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
+- `stills`: the share of the steps that come first and show only the first frame of each clip;
 - `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
 - `forward(*inputs)` -> (prediction, label logits `[B, tokens, 17]`);
 - `pipeline(vae)` -> an ordinary diffusers pipeline.
@@ -122,13 +123,16 @@ def train(
     if init is not None:
         load_weights(bundle, init)
     offset = 0.0 if bundle.has_shifted_latents else latent_shift(vae)
-    forward = torch.compile(bundle) if compiled and bundle.compiles else bundle
+    forward = torch.compile(bundle, dynamic=False) if compiled and bundle.compiles else bundle
     generator = torch.Generator()
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((5, step, rank))
         generator.manual_seed(step * world_size + rank)
         latents, texts, labels = drawn.batch(batch // world_size, rng)
+        if step < bundle.stills * steps:
+            labels = labels[:, : labels.shape[1] // latents.shape[2]]
+            latents = latents[:, :, :1]
         inputs, target = bundle.prepare(latents + offset, texts, generator)
         with torch.autocast("cpu", torch.bfloat16), Float32Attention():
             prediction, logits = forward(*inputs)

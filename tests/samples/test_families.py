@@ -96,6 +96,19 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(family, work, monke
     assert set(untrained.state_dict()) == set(whole["module"])
 
 
+def test_a_video_training_begins_with_first_frames(work, monkeypatch):
+    seen = []
+    prepare = bundle_wan.WanBundle.prepare
+
+    def spy(self, latents, texts, generator):
+        seen.append(tuple(latents.shape[1:]))
+        return prepare(self, latents, texts, generator)
+
+    monkeypatch.setattr(bundle_wan.WanBundle, "prepare", spy)
+    train("wan", work, steps=5)
+    assert seen == [(24, 1, 8, 8)] * 2 + [(24, 3, 8, 8)] * 3
+
+
 @families
 def test_a_pipeline_computes_what_training_computed(family, work, tmp_path):
     """Above all it must see the same text, padding included."""
