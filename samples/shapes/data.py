@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dittune.samples.shapes import marks, world
 
 SCENES = 80_000
+MOST_NAMED = 4  # objects in a caption
 LABELS = len(world.COLORS) + len(world.BACKGROUNDS) + len(world.SHAPES)
 COLOR_LABELS = len(world.COLORS) + len(world.BACKGROUNDS)
 
@@ -63,6 +64,8 @@ class SceneLatents:
         marked: the probability with which an object of the same scenes is notched (`marks.py`).
         missing: the probability with which a picture lacks an object that its caption names, as
             pictures of the web do; one of them, drawn at random, always stays.
+        twins: the probability with which an object has a twin (`marks.with_twin`); every second
+            caption names it.
     """
 
     def __init__(
@@ -72,12 +75,19 @@ class SceneLatents:
         count: int = SCENES,
         marked: float = 0.0,
         missing: float = 0.0,
+        twins: float = 0.0,
     ):
-        rng, draw, lose = (np.random.default_rng(seed) for seed in (3, 6, 8))
+        rng, draw, lose, double = (np.random.default_rng(seed) for seed in (3, 6, 8, 9))
         self.captioned = [world.sample_scene(rng) for _ in range(count)]
         self.scenes = [without_some(s, missing, lose) for s in self.captioned]
         self.marks = [marks.sample_marks(draw, len(s.objects), marked) for s in self.scenes]
-        shares = {"marked": marked, "missing": missing}
+        for i in np.flatnonzero(double.random(count) < twins):
+            scene, own = marks.with_twin(self.scenes[i], self.marks[i], double)
+            named = (*self.captioned[i].objects, *scene.objects[len(self.scenes[i].objects) :])
+            if double.random() < 0.5 and len(named) <= MOST_NAMED:
+                self.captioned[i] = replace(scene, objects=named)
+            self.scenes[i], self.marks[i] = scene, own
+        shares = {"marked": marked, "missing": missing, "twins": twins}
         kind = "".join(f"-{name}-{share:g}" for name, share in shares.items() if share)
         path = work / f"latents-{count}{kind}.pt"
         if not path.exists():

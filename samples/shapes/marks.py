@@ -3,13 +3,15 @@
 A marked object has a notch, cut in from the left, right, top or bottom. Two pictures of one
 subject must agree in its mark, which only another picture can tell; so marks measure whether a
 subject stays the same. Notches survive the autoencoder of the plain world, where shades of a colour
-do not.
+do not. Things of one kind in one picture have one mark, their *twins* (`with_twin`): only from such
+pictures can a model learn to look at another object for what this one should be like.
 Scenes of `world.py` are all `plain`; marks are drawn from a generator of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +28,25 @@ def sample_marks(rng: np.random.Generator, count: int, share: float = SHARE) -> 
     return tuple(
         str(rng.choice(list(SIDES))) if rng.random() < share else "plain" for _ in range(count)
     )
+
+
+def with_twin(
+    scene: world.Scene, own: tuple[str, ...], rng: np.random.Generator
+) -> tuple[world.Scene, tuple[str, ...]]:
+    """The scene and its marks with one more object, of the kind and mark of one that is there.
+
+    Its size and place are its own, and it comes last. One for which there is no room is small;
+    where there is none for that either, the scene stays as it is.
+    """
+    which = int(rng.integers(len(scene.objects)))
+    taken = [(thing.x, thing.y, thing.radius) for thing in scene.objects]
+    for size in (str(rng.choice(list(world.SIZES))), "small"):
+        radius = int(rng.choice(world.SIZES[size]))
+        centre = world.free_place(rng, radius, taken)
+        if centre is not None:
+            twin = replace(scene.objects[which], x=centre[0], y=centre[1], radius=radius)
+            return replace(scene, objects=(*scene.objects, twin)), (*own, own[which])
+    return scene, own
 
 
 def coverage(shape: str, mark: str, x: float, y: float, radius: float, side: int) -> np.ndarray:

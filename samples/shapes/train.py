@@ -10,7 +10,8 @@ from the last saved state in `--work`. The learning rate is constant, then falls
 over the last 30 % of `--steps`, so a run can be lengthened or cut short by another `--steps`.
 
 `--marked 0.8` gives four fifths of the objects a mark that no caption names (`marks.py`);
-`--missing 0.5` leaves each named object but one out of its picture with probability one half.
+`--missing 0.5` leaves each named object but one out of its picture with probability one half;
+`--twins 0.5` adds a second object of one kind and mark to half of the pictures.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
     parser.add_argument("--marked", type=float, default=0.0, help="share of objects with a mark")
     parser.add_argument("--missing", type=float, default=0.0, help="share of objects left out")
+    parser.add_argument("--twins", type=float, default=0.0, help="share of pictures with twins")
     parser.add_argument("--scenes", type=int, help="how many training scenes or clips")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
     args = parser.parse_args()
     if (args.stage == "export") != (args.family is not None):
         parser.error("`export FAMILY` needs a family, and no other stage takes one")
-    for name in ("marked", "missing"):
+    shares = ("marked", "missing", "twins")
+    for name in shares:
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} is a share in [0, 1]")
     if args.stage in autoencoders:
@@ -52,7 +55,7 @@ def main() -> None:
         export(args.family, args.work, out)
     else:
         settings = {"init": args.init, "batch": args.batch, "compiled": not args.eager}
-        settings |= {name: getattr(args, name) for name in ("scenes", "marked", "missing")}
+        settings |= {name: getattr(args, name) for name in ("scenes", *shares)}
         train_denoiser.train(args.stage, args.work, args.steps, **settings)
 
 

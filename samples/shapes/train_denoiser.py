@@ -94,6 +94,7 @@ def train(
     compiled: bool = True,
     marked: float = 0.0,
     missing: float = 0.0,
+    twins: float = 0.0,
 ) -> None:
     """Train `work/FAMILY`; `export` makes a pipeline of it.
 
@@ -104,16 +105,17 @@ def train(
         compiled: run through `torch.compile`.
         marked: share of objects with a mark, which no caption names (`marks.py`).
         missing: probability that a picture lacks a named object (`SceneLatents`).
+        twins: share of pictures in which an object has a twin of the same mark.
     """
     rank, world_size = processes()
     if rank > 0:
         dist.barrier()  # the first process writes the autoencoder and the latents
     stage = FAMILIES[family].autoencoder
-    if (marked or missing) and stage != "autoencoder":
-        raise ValueError(f"marked and missing objects are for pictures, {family} makes clips")
+    shares = {"marked": marked, "missing": missing, "twins": twins}
+    if any(shares.values()) and stage != "autoencoder":
+        raise ValueError(f"{', '.join(shares)} objects are for pictures, {family} makes clips")
     vae = provide_autoencoder(work, init, stage)
     options = {"count": scenes} if scenes else {}
-    shares = {"marked": marked, "missing": missing}
     options |= {name: share for name, share in shares.items() if share}
     drawn = AUTOENCODERS[stage][1](work, vae, **options)
     if rank == 0 and world_size > 1:

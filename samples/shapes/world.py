@@ -140,20 +140,25 @@ def sample_kinds(rng: np.random.Generator, count: int, split: str) -> list[tuple
             return kinds
 
 
+def free_place(
+    rng: np.random.Generator, radius: int, taken: Sequence[tuple[int, int, int]]
+) -> tuple[int, int] | None:
+    """A centre for an object, clear of those `taken` (x, y, radius); None if none was found."""
+    for _ in range(40):
+        x, y = rng.integers(radius + MARGIN, CANVAS - radius - MARGIN + 1, size=2)
+        if all(max(abs(x - px), abs(y - py)) >= radius + r + GAP for px, py, r in taken):
+            return int(x), int(y)
+    return None
+
+
 def _place(rng: np.random.Generator, radii: Sequence[int]) -> list[tuple[int, int]] | None:
-    placed: list[tuple[int, int]] = []
-    for i, r in enumerate(radii):
-        for _ in range(40):
-            x, y = rng.integers(r + MARGIN, CANVAS - r - MARGIN + 1, size=2)
-            if all(
-                max(abs(x - px), abs(y - py)) >= r + radii[j] + GAP
-                for j, (px, py) in enumerate(placed)
-            ):
-                placed.append((int(x), int(y)))
-                break
-        if len(placed) <= i:
+    placed: list[tuple[int, int, int]] = []
+    for radius in radii:
+        centre = free_place(rng, radius, placed)
+        if centre is None:
             return None
-    return placed
+        placed.append((*centre, radius))
+    return [(x, y) for x, y, _ in placed]
 
 
 def sample_scene(rng: np.random.Generator, count: int | None = None, split: str = "train") -> Scene:

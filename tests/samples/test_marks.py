@@ -103,3 +103,42 @@ def test_pictures_lack_what_their_captions_name_only_where_asked(tmp_path):
         assert kept.objects and set(kept.objects) <= set(named.objects)
     counts = [sum(len(scene.objects) for scene in each.scenes) for each in (plain, loose, bare)]
     assert counts[0] > counts[1] > counts[2] == 40
+
+
+def test_a_twin_has_the_kind_and_the_mark_and_a_place_of_its_own():
+    rng, twins = np.random.default_rng(3), 0
+    for _ in range(60):
+        scene = world.sample_scene(rng)
+        own = marks.sample_marks(rng, len(scene.objects))
+        both, marked = marks.with_twin(scene, own, rng)
+        if both == scene:  # no room
+            assert marked == own
+            continue
+        twins += 1
+        twin = both.objects[-1]
+        assert both.objects[:-1] == scene.objects and marked[:-1] == own
+        kinds = [(o.color, o.shape, mark) for o, mark in zip(scene.objects, own, strict=True)]
+        assert (twin.color, twin.shape, marked[-1]) in kinds
+        found = score_marks.segment(marks.draw(both, marked))[1]
+        assert len(found) == len(both.objects)
+        assert {f.mark for f in found if f.color == twin.color} == {marked[-1]}
+    assert twins > 40
+
+
+def test_half_of_the_captions_name_the_twin(tmp_path):
+    vae = f"{dittune.checkpoint('shapes-sd3')}/vae"
+    plain, twins = (data.SceneLatents(tmp_path, vae, 60, 0.8, twins=share) for share in (0.0, 0.5))
+    named = [
+        len(c.objects) - len(p.objects) for c, p in zip(twins.captioned, plain.scenes, strict=True)
+    ]
+    drawn = [
+        len(t.objects) - len(p.objects) for t, p in zip(twins.scenes, plain.scenes, strict=True)
+    ]
+    assert set(named) == set(drawn) == {0, 1} and 0.3 < sum(named) / sum(drawn) < 0.7
+    assert 0.3 < np.mean(drawn) < 0.6 and all(n <= d for n, d in zip(named, drawn, strict=True))
+    labels = twins.labels.float().sum((1, 2)) / 255
+    assert torch.isfinite(labels).all() and twins.labels.shape == plain.labels.shape
+    both = [i for i, more in enumerate(drawn) if more]
+    assert not torch.equal(twins.latents[both], plain.latents[both])
+    others = [i for i, more in enumerate(drawn) if not more]
+    assert torch.equal(twins.latents[others], plain.latents[others])
