@@ -1,9 +1,10 @@
 """Train the bundled checkpoints: `python -m dittune.samples.shapes.train STAGE --steps N`.
 
 Stages: `autoencoder`, which all image families share (without it, that of `shapes-sd3` is used),
-then a family: `sd3`, `flux` or `sd`; for video `video_autoencoder`, then `wan`. `... train export
-FAMILY` writes its pipeline folder. Under `torchrun --nproc-per-node N -m` in place of `python -m`,
-processes share each batch.
+then a family: `sd3`, `flux` or `sd`. For video `video_autoencoder`, then `wan`, and, before or
+after it, `video_decoder`, which trains the decoder alone on. `... train export FAMILY` writes the
+pipeline folder. Under `torchrun --nproc-per-node N -m` in place of `python -m`, processes share
+each batch.
 
 Every training stage is resumable: kill it at any time, run the same command again, and it goes on
 from the last saved state in `--work`. The learning rate is constant, then falls linearly to zero
@@ -25,7 +26,11 @@ from dittune.samples.shapes.export import export
 
 def main() -> None:
     families = [*train_denoiser.FAMILIES]
-    autoencoders = {"autoencoder": train_autoencoder, "video_autoencoder": train_video_autoencoder}
+    autoencoders = {
+        "autoencoder": train_autoencoder.train,
+        "video_autoencoder": train_video_autoencoder.train,
+        "video_decoder": train_video_autoencoder.train_decoder,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +54,7 @@ def main() -> None:
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} is a share in [0, 1]")
     if args.stage in autoencoders:
-        autoencoders[args.stage].train(args.work / args.stage, args.steps)
+        autoencoders[args.stage](args.work / args.stage, args.steps)
     elif args.stage == "export":
         out = args.out or Path(f"samples/checkpoints/shapes-{args.family}")
         export(args.family, args.work, out)

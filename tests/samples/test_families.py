@@ -285,6 +285,23 @@ def test_the_video_autoencoder_trains_resumes_and_measures_its_latents(tmp_path)
     assert vae.decode(latents).sample.shape == x.shape
 
 
+def test_the_video_decoder_trains_alone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train video_autoencoder first"):
+        train_video_autoencoder.train_decoder(tmp_path / "video_decoder", steps=1)
+    folder = tmp_path / "video_autoencoder" / "vae"
+    torch.manual_seed(0)
+    models_wan.build_autoencoder().save_pretrained(folder)
+    before = AutoencoderKLWan.from_pretrained(folder)
+    train_video_autoencoder.train_decoder(tmp_path / "video_decoder", steps=2, batch=2)
+    after = AutoencoderKLWan.from_pretrained(folder)
+    changed = {
+        name.split(".")[0]
+        for name, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    assert changed == {"decoder", "post_quant_conv"} and after.config == before.config
+
+
 def test_an_autoencoder_that_is_nowhere_is_to_be_trained_first(tmp_path, monkeypatch):
     monkeypatch.setattr(train_denoiser, "available_checkpoints", lambda: ["shapes-sd3"])
     with pytest.raises(ValueError, match="train video_autoencoder first"):
