@@ -46,8 +46,8 @@ def bench_memory() -> None:
 
 @bench_app.command("regions")
 def bench_regions(
-    prompts: Annotated[str, typer.Option(help="train, val or test")] = "val",
-    limit: Annotated[int, typer.Option(min=1, help="use this many prompts of two objects")] = 40,
+    prompts: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    limit: Annotated[int, typer.Option(min=1, help="use this many prompts of two objects")] = 80,
     scale: Annotated[list[float] | None, typer.Option(help="of regions; one row each")] = None,
     stop: Annotated[float, typer.Option(help="share of the steps after which it stops")] = 0.7,
     model: Model = "shapes-sd3",
@@ -60,7 +60,7 @@ def bench_regions(
     from dittune.pipelines import region_eval as evaluation
     from dittune.pipelines.pipeline import Pipeline
 
-    variants = [None, *(Regions(scale=value, stop=stop) for value in scale or [1.0])]
+    variants = [None, *(Regions(scale=value, stop=stop) for value in scale or [Regions.scale])]
     rows = evaluation.evaluate_regions(
         Pipeline.from_pretrained(model), evaluation.region_prompts(prompts, limit), variants,
         num_inference_steps=steps, guidance_scale=guidance_scale,

@@ -45,7 +45,7 @@ class Regions(Method):
     """
 
     regions: str = ""
-    scale: float = 1.0
+    scale: float = 0.5
     stop: float = 0.7
 
     def __post_init__(self) -> None:
