@@ -46,7 +46,7 @@ def test_objects_inside_are_counted():
     plain, steered = evaluate_regions(Painter(), prompts, [None, Regions(stop=0.5)])
     assert (plain["inside"], plain["anywhere"]) == (0.5, 1.0)  # by chance
     assert (steered["inside"], steered["anywhere"]) == (1.0, 1.0)
-    assert steered["variant"] == "scale=1.0 stop=0.5" and steered["objects"] == 16
+    assert steered["variant"] == "scale=0.5 stop=0.5" and steered["objects"] == 16
     text = as_markdown([plain, steered])
     assert "| none | 16 | 50.0 (" in text and text.count("\n") == 4
 
