@@ -44,7 +44,7 @@ class SubjectRow:
     Attributes:
         prompt, seed: of the scene, and of the first reference.
         count: how many subjects it has.
-        readable: whether the reference shows the subject, with a mark that can be read.
+        readable: whether the reference shows the subject, and so its mark.
         found: whether the scene shows it.
         kept: whether it does so with the mark of the reference.
         fused: objects of the scene in the colour of a subject that are not of its shape.
@@ -177,16 +177,15 @@ def _judge(label, tale: Tale, subject: str, reference, scene, plain, cost) -> Su
     colors = {color for color, _ in kinds}
     found = score_marks.segment(_pixels(scene))[1]
     moved = math.hypot(was.x - would.x, was.y - would.y) / world.CANVAS if was and would else None
-    readable = before is not None and before.mark != "unknown"
     return SubjectRow(
         variant=label,
         prompt=tale.prompt,
         seed=tale.seed,
         count=len(tale.subjects),
         subject=subject,
-        readable=readable,
+        readable=before is not None,
         found=after is not None,
-        kept=readable and after is not None and after.mark == before.mark,
+        kept=before is not None and after is not None and after.mark == before.mark,
         fused=sum(f.color in colors and (f.color, f.shape) not in kinds for f in found),
         distance=math.nan if moved is None else round(moved, 4),
         seconds=cost[0],

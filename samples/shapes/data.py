@@ -19,10 +19,12 @@ LABELS = len(world.COLORS) + len(world.BACKGROUNDS) + len(world.SHAPES)
 COLOR_LABELS = len(world.COLORS) + len(world.BACKGROUNDS)
 
 
-def scene_pictures(count: int, seed: int) -> torch.Tensor:
-    """`count` training pictures, uint8 `[N, 3, 64, 64]`."""
-    rng = np.random.default_rng(seed)
-    pictures = np.stack([world.draw(world.sample_scene(rng)) for _ in range(count)])
+def scene_pictures(count: int, seed: int, marked: float = 0.0) -> torch.Tensor:
+    """`count` training pictures, uint8 `[N, 3, 64, 64]`; a share of their objects is marked."""
+    rng, draw = np.random.default_rng(seed), np.random.default_rng(6)
+    scenes = (world.sample_scene(rng) for _ in range(count))
+    drawn = (marks.draw(s, marks.sample_marks(draw, len(s.objects), marked)) for s in scenes)
+    pictures = np.stack([*drawn])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
@@ -61,7 +63,7 @@ class SceneLatents:
     """Training scenes with their latents, made once and kept on disk.
 
     Args:
-        marked: the probability with which an object of the same scenes is notched (`marks.py`).
+        marked: the probability with which an object of the same scenes has a mark (`marks.py`).
         missing: the probability with which a picture lacks an object that its caption names, as
             pictures of the web do; one of them, drawn at random, always stays.
         twins: the probability with which an object has a twin (`marks.with_twin`); every second

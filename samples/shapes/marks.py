@@ -1,11 +1,10 @@
 """Marks: what makes one red circle differ from another, and no caption says.
 
-A marked object has a notch, cut in from the left, right, top or bottom. Two pictures of one
-subject must agree in its mark, which only another picture can tell; so marks measure whether a
-subject stays the same. Notches survive the autoencoder of the plain world, where shades of a colour
-do not. Things of one kind in one picture have one mark, their *twins* (`with_twin`): only from such
-pictures can a model learn to look at another object for what this one should be like.
-Scenes of `world.py` are all `plain`; marks are drawn from a generator of their own.
+A mark is a shade of the colour. Two pictures of one subject must agree in it, which only another
+picture can tell; so marks measure whether a subject stays the same. Things of one kind in one
+picture have one mark, their *twins* (`with_twin`): only from such pictures can a model learn to
+look at another object for what this one should be like. Scenes of `world.py` are all `plain`;
+marks are drawn from a generator of their own.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ import numpy as np
 
 from dittune.samples.shapes import world
 
-SIDES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-MARKS = ("plain", *SIDES)
-SHARE = 0.8  # of objects that have a notch, in training: all five marks are then as frequent
-FLOOR, HALF_WIDTH = 0.2, 0.4  # of a notch: where it ends, from the centre, in half extents
+SHADES = {"plain": 1.0, "deep": 0.8, "dark": 0.6}  # of the colour's brightness
+MARKS = tuple(SHADES)
+SHARE = 2 / 3  # of objects that are not plain, in training: all three marks are then as frequent
 
 
 def sample_marks(rng: np.random.Generator, count: int, share: float = SHARE) -> tuple[str, ...]:
-    """The marks of `count` objects; each has one of the four notches with probability `share`."""
+    """The marks of `count` objects; each has another one than `plain` with probability `share`."""
     return tuple(
-        str(rng.choice(list(SIDES))) if rng.random() < share else "plain" for _ in range(count)
+        str(rng.choice(MARKS[1:])) if rng.random() < share else "plain" for _ in range(count)
     )
 
 
@@ -49,19 +47,6 @@ def with_twin(
     return scene, own
 
 
-def coverage(shape: str, mark: str, x: float, y: float, radius: float, side: int) -> np.ndarray:
-    """As `world.coverage`, of a marked shape: float32 `[side, side]`, coordinates in pixels."""
-    cover = world.coverage(shape, x, y, radius, side)
-    if mark == "plain":
-        return cover
-    rows, cols = np.mgrid[0:side, 0:side].astype(np.float32) + 0.5
-    dx, dy = SIDES[mark]
-    along = dx * (cols - x) + dy * (rows - y)
-    across = np.abs(dy * (cols - x) + dx * (rows - y))
-    distance = np.maximum(FLOOR * radius - along, across - HALF_WIDTH * radius)
-    return cover * (1 - np.clip(0.5 - distance, 0.0, 1.0))
-
-
 def draw(scene: world.Scene, marks: Sequence[str], side: int = world.CANVAS) -> np.ndarray:
     """The picture of a scene whose objects have marks, uint8 `[side, side, 3]`.
 
@@ -72,11 +57,4 @@ def draw(scene: world.Scene, marks: Sequence[str], side: int = world.CANVAS) -> 
         raise ValueError(
             f"expected {len(scene.objects)} marks of {', '.join(MARKS)}, got {', '.join(marks)}"
         )
-    scale = side / world.CANVAS
-    picture = np.empty((side, side, 3), np.float32)
-    picture[:] = world.BACKGROUNDS[scene.background]
-    for thing, mark in zip(scene.objects, marks, strict=True):
-        place = thing.x * scale, thing.y * scale, thing.radius * scale
-        alpha = coverage(thing.shape, mark, *place, side)[..., None]
-        picture = (1 - alpha) * picture + alpha * np.float32(world.COLORS[thing.color])
-    return np.round(picture).astype(np.uint8)
+    return world.draw(scene, side, [SHADES[mark] for mark in marks])

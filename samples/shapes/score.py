@@ -8,8 +8,9 @@ where it mixes with the background; shapes are decided by the overlap with drawn
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,6 +53,14 @@ class FoundObject:
         return _SIZE_NAMES[int(np.searchsorted(_SIZE_LIMITS, self.radius))]
 
 
+class Outline(NamedTuple):
+    """An object: numbers of its colour and shade, and how much of each pixel is of it, 0 to 1."""
+
+    color: int
+    shade: int
+    alpha: np.ndarray
+
+
 @dataclass(frozen=True)
 class Score:
     """Answers to a caption's questions; None where the caption says nothing.
@@ -86,12 +95,12 @@ def segment(picture: np.ndarray) -> tuple[str, list[FoundObject]]:
         ValueError: another shape or type.
     """
     background, found = outlines(picture)
-    measured = [_measure(color, alpha) for color, alpha in found]
+    measured = [measure(outline) for outline in found]
     return background, [thing for thing in measured if thing.area >= MIN_AREA]
 
 
-def outlines(picture: np.ndarray) -> tuple[str, list[tuple[int, np.ndarray]]]:
-    """The name of the background; number of the colour and share of each pixel of each object."""
+def outlines(picture: np.ndarray, shades: Sequence[float] = (1.0,)) -> tuple[str, list[Outline]]:
+    """The name of the background, and the objects, each in the nearest of the shades."""
     pixels = _to_canvas(picture)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
@@ -100,16 +109,24 @@ def outlines(picture: np.ndarray) -> tuple[str, list[tuple[int, np.ndarray]]]:
         world.BACKGROUNDS, key=lambda name: np.linalg.norm(middle - world.BACKGROUNDS[name])
     )
     ground = np.float32(world.BACKGROUNDS[background])
-    palette = np.concatenate([_PALETTE, ground[None]])
-    distance = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)  # (64, 64, colours + 1)
-    label = np.where(distance.min(-1) < NEAR, distance.argmin(-1), -1)
+    inks = (_PALETTE[:, None] * np.float32(shades)[:, None]).reshape(-1, 3)
+    distance = np.linalg.norm(pixels[:, :, None] - np.concatenate([inks, ground[None]]), axis=-1)
+    label = np.where(distance.min(-1) < NEAR, distance.argmin(-1) // len(shades), -1)
     cores = []
-    for color in range(len(_PALETTE)):
+    for color, full in enumerate(_PALETTE):
         for part in _components(label == color):
-            if _eroded(part).sum() >= 3:  # a rim is too thin to survive this
-                cores.append((color, part))
-    taken = sum((part.astype(int) for _, part in cores), np.zeros(label.shape, int))
-    return background, [(c, _alpha(pixels, ground, c, p, taken - p)) for c, p in cores]
+            inner = pixels[_eroded(part)]
+            if len(inner) >= 3:  # a rim is too thin to survive this
+                brightness = np.median(inner @ full / (full @ full))
+                shade = int(np.abs(np.subtract(shades, brightness)).argmin())
+                cores.append((color, shade, part))
+    taken = sum((part.astype(int) for *_, part in cores), np.zeros(label.shape, int))
+    found = []
+    for color, shade, part in cores:
+        ink = _PALETTE[color] * np.float32(shades[shade])
+        alpha = _alpha(pixels, ground, ink, part, taken - part)
+        found.append(Outline(color, shade, alpha))
+    return background, found
 
 
 def score(picture: np.ndarray, request: world.Request | str) -> Score:
@@ -156,24 +173,6 @@ def judge(background: str, found: list[FoundObject], request: world.Request) -> 
     )
 
 
-def psnr(first: np.ndarray, second: np.ndarray, outside: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures; infinite if they are equal.
-
-    Args:
-        outside: bool `[H, W]`, True where pixels are left out of the comparison (an edited region).
-    """
-    if first.shape != second.shape:
-        raise ValueError(f"pictures differ in size: {first.shape} and {second.shape}")
-    error = (first.astype(np.float64) - second.astype(np.float64)) ** 2
-    if outside is not None:
-        error = error[~outside]
-    mean = error.mean()
-    return float("inf") if mean == 0 else float(10 * np.log10(255.0**2 / mean))
-
-
-# ---------------------------------------------------------------------------- measuring
-
-
 def _to_canvas(picture: np.ndarray) -> np.ndarray:
     side = picture.shape[0] if picture.ndim == 3 else 0
     is_square = bool(side) and picture.shape == (side, side, 3)
@@ -216,9 +215,9 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
     return _neighbours(mask).all(0)
 
 
-def _alpha(pixels, ground, color: int, part: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How much of each pixel in and around a core is of its colour, `[64, 64]` in [0, 1]."""
-    towards = _PALETTE[color] - ground
+def _alpha(pixels, ground, ink, part: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How much of each pixel in and around a core is of its ink, `[64, 64]` in [0, 1]."""
+    towards = ink - ground
     offset = pixels - ground
     share = (offset @ towards) / (towards @ towards)
     residual = np.linalg.norm(offset - share[..., None] * towards, axis=-1)
@@ -227,7 +226,9 @@ def _alpha(pixels, ground, color: int, part: np.ndarray, others: np.ndarray) -> 
     return np.where(part, np.maximum(alpha, 0.5), alpha)
 
 
-def _measure(color: int, alpha: np.ndarray) -> FoundObject:
+def measure(outline: Outline) -> FoundObject:
+    """Shape, place and size of an object, by the overlap with drawn templates."""
+    alpha = outline.alpha
     solid = alpha >= 0.5
     rows, cols = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
     half_h, half_w = (rows[-1] - rows[0] + 1) / 2, (cols[-1] - cols[0] + 1) / 2
@@ -244,4 +245,5 @@ def _measure(color: int, alpha: np.ndarray) -> FoundObject:
     fit, shape, x, y, radius = best
     if fit < MIN_FIT or min(half_h, half_w) < MIN_ASPECT * max(half_h, half_w):
         shape = "unknown"
-    return FoundObject(_COLOR_NAMES[color], shape, x, y, radius, round(fit, 4), float(alpha.sum()))
+    color = _COLOR_NAMES[outline.color]
+    return FoundObject(color, shape, x, y, radius, round(fit, 4), float(alpha.sum()))

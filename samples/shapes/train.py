@@ -10,7 +10,7 @@ Every training stage is resumable: kill it at any time, run the same command aga
 from the last saved state in `--work`. The learning rate is constant, then falls linearly to zero
 over the last 30 % of `--steps`, so a run can be lengthened or cut short by another `--steps`.
 
-`--marked 0.8` gives four fifths of the objects a mark that no caption names (`marks.py`);
+`--marked 0.67` gives two thirds of the objects a mark that no caption names (`marks.py`);
 `--missing 0.5` leaves each named object but one out of its picture with probability one half;
 `--twins 0.5` adds a second object of one kind and mark to half of the pictures.
 """
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of states and logs")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=64, help="samples per step of a family")
-    parser.add_argument("--init", type=Path, help="start a family from this pipeline folder")
+    parser.add_argument("--init", type=Path, help="start from this pipeline folder")
     parser.add_argument("--marked", type=float, default=0.0, help="share of objects with a mark")
     parser.add_argument("--missing", type=float, default=0.0, help="share of objects left out")
     parser.add_argument("--twins", type=float, default=0.0, help="share of pictures with twins")
@@ -54,7 +54,8 @@ def main() -> None:
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} is a share in [0, 1]")
     if args.stage in autoencoders:
-        autoencoders[args.stage](args.work / args.stage, args.steps)
+        options = {"init": args.init, "marked": args.marked} if args.stage == "autoencoder" else {}
+        autoencoders[args.stage](args.work / args.stage, args.steps, **options)
     elif args.stage == "export":
         out = args.out or Path(f"samples/checkpoints/shapes-{args.family}")
         export(args.family, args.work, out)

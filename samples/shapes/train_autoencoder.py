@@ -6,16 +6,26 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from dittune.samples.shapes import data, models
 from dittune.samples.shapes.trainer import Trainer
 
 
-def train(work: Path, steps: int, batch: int = 16) -> None:
-    """Train and save `work/vae`; its latents have mean 0 and deviation 1 after scaling."""
+def train(
+    work: Path, steps: int, init: Path | None = None, marked: float = 0.0, batch: int = 16
+) -> None:
+    """Train and save `work/vae`; its latents have mean 0 and deviation 1 after scaling.
+
+    Args:
+        init: a pipeline folder whose autoencoder a new training starts from, and whose scaling the
+            latents keep, so that denoisers of theirs can be trained on.
+        marked: share of objects with a mark.
+    """
     torch.manual_seed(0)
-    vae = models.build_autoencoder().to(memory_format=torch.channels_last)
-    pictures = data.scene_pictures(30_000, seed=1)
+    given = None if init is None else AutoencoderKL.from_pretrained(init / "vae").float()
+    vae = (given or models.build_autoencoder()).to(memory_format=torch.channels_last)
+    pictures = data.scene_pictures(30_000, seed=1, marked=marked)
     generator = torch.Generator()
 
     def compute(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,12 +49,13 @@ def train(work: Path, steps: int, batch: int = 16) -> None:
     trainer.run()
     vae.load_state_dict(trainer.ema)
     vae.eval()
-    with torch.no_grad():
-        latents = vae.encode(data.to_unit(pictures[:512])).latent_dist.sample()
-    vae.register_to_config(
-        scaling_factor=round(1 / float(latents.std()), 4),
-        shift_factor=round(float(latents.mean()), 4),
-    )
+    if init is None:
+        with torch.no_grad():
+            latents = vae.encode(data.to_unit(pictures[:512])).latent_dist.sample()
+        vae.register_to_config(
+            scaling_factor=round(1 / float(latents.std()), 4),
+            shift_factor=round(float(latents.mean()), 4),
+        )
     vae.save_pretrained(work / "vae")
     (work / "record.json").write_text(
         json.dumps({"steps": trainer.step, "minutes": round(trainer.seconds / 60, 1)})

@@ -95,16 +95,15 @@ def coverage(shape: str, x: float, y: float, radius: float, side: int) -> np.nda
     return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
 
 
-def draw(scene: Scene, side: int = CANVAS) -> np.ndarray:
-    """The picture of a scene, uint8 `[side, side, 3]`."""
+def draw(scene: Scene, side: int = CANVAS, shades: Sequence[float] = ()) -> np.ndarray:
+    """The picture of a scene, uint8 `[side, side, 3]`; `shades` darken its objects one by one."""
     scale = side / CANVAS
     picture = np.empty((side, side, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
-    for thing in scene.objects:
-        alpha = coverage(thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, side)[
-            ..., None
-        ]
-        picture = (1 - alpha) * picture + alpha * np.float32(COLORS[thing.color])
+    for thing, shade in zip(scene.objects, shades or [1] * len(scene.objects), strict=True):
+        place = thing.x * scale, thing.y * scale, thing.radius * scale
+        alpha = coverage(thing.shape, *place, side)[..., None]
+        picture = (1 - alpha) * picture + alpha * np.float32(COLORS[thing.color]) * shade
     return np.round(picture).astype(np.uint8)
 
 

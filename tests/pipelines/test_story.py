@@ -124,7 +124,7 @@ def test_a_wrong_segmenter_is_told(tmp_path, wrong):
 def test_the_segmenter_of_the_shapes_world():
     things = (world.SceneObject("red", "circle", 20, 20, 10),
               world.SceneObject("blue", "square", 45, 45, 8))  # fmt: skip
-    picture = Image.fromarray(marks.draw(world.Scene(things, "gray"), ["left", "plain"], 128))
+    picture = Image.fromarray(marks.draw(world.Scene(things, "gray"), ["deep", "plain"], 128))
     segment = load_segmenter("shapes")
     mask = segment(picture, "blue square")
     assert mask.shape == (128, 128) and mask[90, 90] and int(mask.sum()) == 32 * 32
@@ -152,7 +152,7 @@ class Painter:
                 shape = "ring" if fused and thing.shape != "ring" else thing.shape
                 things.append(world.SceneObject(thing.color, shape, *place, 10))
                 keeps = method is not None and getattr(method, "reposition", False)
-                own.append("top" if keeps or not scene else "left")
+                own.append("deep" if keeps or not scene else "dark")
             scene = world.Scene(tuple(things), "white")
             images.append(Image.fromarray(marks.draw(scene, own)))
         return SimpleNamespace(images=images)

@@ -133,16 +133,3 @@ def test_nothing_there():
 def test_wrong_pictures_are_refused(shape):
     with pytest.raises(ValueError, match="multiple of 64"):
         score.segment(np.zeros(shape, np.uint8))
-
-
-def test_psnr():
-    a = np.zeros((8, 8, 3), np.uint8)
-    b = a.copy()
-    assert score.psnr(a, b) == float("inf")
-    b[:4] = 255
-    assert score.psnr(a, b) == pytest.approx(10 * np.log10(2))
-    edited = np.zeros((8, 8), bool)
-    edited[:4] = True
-    assert score.psnr(a, b, outside=edited) == float("inf")
-    with pytest.raises(ValueError, match="differ in size"):
-        score.psnr(a, b[:4])
