@@ -80,8 +80,7 @@ def story_eval(
         int, typer.Option(min=1, max=1000, help="stories of each number of subjects")
     ] = 20,
     subjects: Annotated[str, typer.Option(help="numbers of subjects")] = "2,3,4",
-    layers: Annotated[str, typer.Option(help="where keys are shared, as of the methods")] = "",
-    keep: Annotated[float, typer.Option(help="share of the tokens that is shared")] = 1.0,
+    set_: Sets = None,
     cost: Annotated[bool, typer.Option(help="also measure 1, 2 and 4 references")] = False,
     model: Model = "shapes-sd3",
     steps: Steps = None,
@@ -95,8 +94,10 @@ def story_eval(
 ) -> None:
     """Measure in the Shapes world whether marks that no prompt names are kept; resumes.
 
-    The model must have been trained on marks (`train FAMILY --marked 0.8`).
+    The model must have been trained on marks (`train FAMILY --marked 0.67 --twins 0.5`). Methods:
+    shared_attention and isolation, with keep=1 unless set otherwise.
     """
+    from dittune.config import build_methods
     from dittune.pipelines import story_eval as evaluation
     from dittune.pipelines import story_table as tables
     from dittune.pipelines.arguments import call_settings
@@ -104,10 +105,12 @@ def story_eval(
 
     flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype}
-    resolved = resolve_flags(None, None, flags, None, None)
+    names = ("shared_attention", "isolation")
+    given = [*(f"{name}.keep=1" for name in names), *(set_ or ())]
+    resolved = resolve_flags(None, None, flags, names, given)
     counts = [*parse_counts(subjects)]
     told = [*evaluation.stories(prompts, each, counts)]
-    compared = evaluation.variants(keep, layers)
+    compared = evaluation.variants(*build_methods(resolved).values())
     pipeline = Pipeline.from_pretrained(
         resolved.model, device=resolved.device, dtype=resolved.dtype
     )

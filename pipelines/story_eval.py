@@ -7,6 +7,7 @@ exactly to give every method the same masks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import time
@@ -67,15 +68,14 @@ class SubjectRow:
     peak_mib: float
 
 
-def variants(keep: float = 1.0, layers: str = "") -> dict[str, tuple[Method, ...]]:
+def variants(shared: SharedAttention, both: Isolation) -> dict[str, tuple[Method, ...]]:
     """The methods that are compared, by label; the first is the baseline."""
-    shared = {"keep": keep, "layers": layers}
     return {
         PLAIN: (),
-        "shared_attention": (SharedAttention(**shared),),
-        "isolation": (Isolation(**shared, reposition=False),),
-        "reposition": (Isolation(**shared, isolate=False),),
-        "both": (Isolation(**shared),),
+        "shared_attention": (shared,),
+        "isolation": (dataclasses.replace(both, reposition=False),),
+        "reposition": (dataclasses.replace(both, isolate=False),),
+        "both": (both,),
     }
 
 

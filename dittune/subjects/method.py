@@ -41,6 +41,8 @@ class SubjectMethod(Method):
             of a model without joint ones; empty is all joint layers, or the later half of the self
             layers.
         keep: share of the shared tokens that are kept, drawn anew at each step.
+        unconditional: whether pictures look at each other in the unconditional branch too. If they
+            do not, guidance drives a picture towards what it takes from the references.
 
     Raises:
         ConfigError: a value outside its range; while generating, what `read_masks` raises, as many
@@ -58,6 +60,7 @@ class SubjectMethod(Method):
     masks: str = ""
     layers: str = ""
     keep: float = 0.5
+    unconditional: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,7 +198,18 @@ class SubjectMethod(Method):
         key = (call.site.kind, call.site.stage, shares)
         if key not in memory.plans:
             memory.plans[key] = self._plans(call, memory, shares)
-        return attend_by_plans(call, memory.plans[key], proceed)
+        chunks, size = range(len(call.roles)), count
+        if self.unconditional or "uncond" not in call.roles:
+            return attend_by_plans(call, memory.plans[key], proceed)
+        parts = [call.take_rows(i * size, (i + 1) * size) for i in chunks]
+        return torch.cat(
+            [
+                proceed(part)
+                if part.roles == ("uncond",)
+                else attend_by_plans(part, memory.plans[key], proceed)
+                for part in parts
+            ]
+        )
 
     def _plans(self, call: AttnCall, memory: Any, shares: bool) -> list[PicturePlan]:
         grid = call.layout.grid[1:]

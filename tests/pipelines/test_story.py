@@ -10,6 +10,7 @@ from PIL import Image
 from dittune.errors import ConfigError
 from dittune.methods.isolation import Isolation
 from dittune.methods.merge_padding import MergePadding
+from dittune.methods.shared_attention import SharedAttention
 from dittune.pipelines import story_eval, story_table
 from dittune.pipelines.cli import main
 from dittune.pipelines.media import read_record
@@ -18,6 +19,7 @@ from dittune.pipelines.story import named_in, phrase_of, with_subjects
 from dittune.samples.shapes import marks, world
 from dittune.subjects.method import SubjectMethod
 
+VARIANTS = story_eval.variants(SharedAttention(keep=1.0), Isolation(keep=1.0))
 SCENES = ["a blue square and the red circle", "a ring", "a red circle"]
 
 
@@ -162,7 +164,7 @@ def test_kept_marks_are_counted(tmp_path):
     told = [*story_eval.stories("val", 2, (2, 3))]
     assert [len(subjects) for subjects in told] == [2, 2, 3, 3]
     assert told == [*story_eval.stories("val", 2, (2, 3))]
-    rows = story_eval.evaluate_stories(Painter(), story_eval.variants(), told, tmp_path)
+    rows = story_eval.evaluate_stories(Painter(), VARIANTS, told, tmp_path)
     assert len(rows) == 5 * 10
     table = {line["variant"]: line for line in story_table.summarize(rows)}
     kept = {label: line["kept"]["share"] for label, line in table.items()}
@@ -172,7 +174,7 @@ def test_kept_marks_are_counted(tmp_path):
     text = story_table.as_markdown([*table.values()])
     assert "| both | 10 | 100.0 (72.2 to 100.0) |" in text
     assert (tmp_path / "stories.png").exists()
-    assert story_eval.evaluate_stories(None, story_eval.variants(), told, tmp_path) == rows
+    assert story_eval.evaluate_stories(None, VARIANTS, told, tmp_path) == rows
     picture = story_table.against_distance(rows, ["isolation", "both"], "title")
     assert picture.count("<polyline") == 2
 
