@@ -198,18 +198,15 @@ class SubjectMethod(Method):
         key = (call.site.kind, call.site.stage, shares)
         if key not in memory.plans:
             memory.plans[key] = self._plans(call, memory, shares)
-        chunks, size = range(len(call.roles)), count
-        if self.unconditional or "uncond" not in call.roles:
-            return attend_by_plans(call, memory.plans[key], proceed)
-        parts = [call.take_rows(i * size, (i + 1) * size) for i in chunks]
-        return torch.cat(
-            [
-                proceed(part)
-                if part.roles == ("uncond",)
-                else attend_by_plans(part, memory.plans[key], proceed)
-                for part in parts
-            ]
-        )
+        plans = memory.plans[key]
+        if self.unconditional:
+            return attend_by_plans(call, plans, proceed)
+        found = []
+        for i in range(len(call.roles)):
+            part = call.take_rows(i * count, (i + 1) * count)
+            alone = part.roles == ("uncond",)
+            found.append(proceed(part) if alone else attend_by_plans(part, plans, proceed))
+        return torch.cat(found)
 
     def _plans(self, call: AttnCall, memory: Any, shares: bool) -> list[PicturePlan]:
         grid = call.layout.grid[1:]
