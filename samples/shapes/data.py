@@ -66,8 +66,8 @@ class SceneLatents:
         marked: the probability with which an object of the same scenes has a mark (`marks.py`).
         missing: the probability with which a picture lacks an object that its caption names, as
             pictures of the web do; one of them, drawn at random, always stays.
-        twins: the probability with which an object has a twin (`marks.with_twin`); every second
-            caption names it.
+        twins: the probability with which an object has a twin (`marks.with_twin`); every second such
+            caption names them.
     """
 
     def __init__(
@@ -83,9 +83,11 @@ class SceneLatents:
         self.captioned = [world.sample_scene(rng) for _ in range(count)]
         self.scenes = [without_some(s, missing, lose) for s in self.captioned]
         self.marks = [marks.sample_marks(draw, len(s.objects), marked) for s in self.scenes]
-        for i in np.flatnonzero(double.random(count) < twins):
-            scene, own = marks.with_twin(self.scenes[i], self.marks[i], double)
-            named = (*self.captioned[i].objects, *scene.objects[len(self.scenes[i].objects) :])
+        for i in range(count if twins else 0):
+            scene, own = self.scenes[i], self.marks[i]
+            for which in np.flatnonzero(double.random(len(own)) < twins):
+                scene, own = marks.with_twin(scene, own, int(which), double)
+            named = (*self.captioned[i].objects, *scene.objects[len(self.marks[i]) :])
             if double.random() < 0.5 and len(named) <= MOST_NAMED:
                 self.captioned[i] = replace(scene, objects=named)
             self.scenes[i], self.marks[i] = scene, own

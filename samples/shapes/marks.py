@@ -29,14 +29,13 @@ def sample_marks(rng: np.random.Generator, count: int, share: float = SHARE) -> 
 
 
 def with_twin(
-    scene: world.Scene, own: tuple[str, ...], rng: np.random.Generator
+    scene: world.Scene, own: tuple[str, ...], which: int, rng: np.random.Generator
 ) -> tuple[world.Scene, tuple[str, ...]]:
-    """The scene and its marks with one more object, of the kind and mark of one that is there.
+    """The scene and its marks with one more object, of the kind and mark of object `which`.
 
     Its size and place are its own, and it comes last. One for which there is no room is small;
     where there is none for that either, the scene stays as it is.
     """
-    which = int(rng.integers(len(scene.objects)))
     taken = [(thing.x, thing.y, thing.radius) for thing in scene.objects]
     for size in (str(rng.choice(list(world.SIZES))), "small"):
         radius = int(rng.choice(world.SIZES[size]))

@@ -12,7 +12,7 @@ over the last 30 % of `--steps`, so a run can be lengthened or cut short by anot
 
 `--marked 0.67` gives two thirds of the objects a mark that no caption names (`marks.py`);
 `--missing 0.5` leaves each named object but one out of its picture with probability one half;
-`--twins 0.5` adds a second object of one kind and mark to half of the pictures.
+`--twins 0.5` gives half of the objects a second one of the same kind and mark, if there is room.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="start from this pipeline folder")
     parser.add_argument("--marked", type=float, default=0.0, help="share of objects with a mark")
     parser.add_argument("--missing", type=float, default=0.0, help="share of objects left out")
-    parser.add_argument("--twins", type=float, default=0.0, help="share of pictures with twins")
+    parser.add_argument("--twins", type=float, default=0.0, help="share of objects with a twin")
     parser.add_argument("--scenes", type=int, help="how many training scenes or clips")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")

@@ -105,7 +105,7 @@ def train(
         compiled: run through `torch.compile`.
         marked: share of objects with a mark, which no caption names (`marks.py`).
         missing: probability that a picture lacks a named object (`SceneLatents`).
-        twins: share of pictures in which an object has a twin of the same mark.
+        twins: probability with which an object has a twin of the same mark.
     """
     rank, world_size = processes()
     if rank > 0:

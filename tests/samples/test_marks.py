@@ -107,15 +107,16 @@ def test_a_twin_has_the_kind_and_the_mark_and_a_place_of_its_own():
     for _ in range(60):
         scene = world.sample_scene(rng)
         own = marks.sample_marks(rng, len(scene.objects))
-        both, marked = marks.with_twin(scene, own, rng)
+        which = int(rng.integers(len(own)))
+        both, marked = marks.with_twin(scene, own, which, rng)
         if both == scene:  # no room
             assert marked == own
             continue
         twins += 1
         twin = both.objects[-1]
         assert both.objects[:-1] == scene.objects and marked[:-1] == own
-        kinds = [(o.color, o.shape, mark) for o, mark in zip(scene.objects, own, strict=True)]
-        assert (twin.color, twin.shape, marked[-1]) in kinds
+        first = scene.objects[which]
+        assert (twin.color, twin.shape, marked[-1]) == (first.color, first.shape, own[which])
         found = score_marks.segment(marks.draw(both, marked))[1]
         assert len(found) == len(both.objects)
         assert {f.mark for f in found if f.color == twin.color} == {marked[-1]}
@@ -131,8 +132,9 @@ def test_half_of_the_captions_name_the_twin(tmp_path):
     drawn = [
         len(t.objects) - len(p.objects) for t, p in zip(twins.scenes, plain.scenes, strict=True)
     ]
-    assert set(named) == set(drawn) == {0, 1} and 0.3 < sum(named) / sum(drawn) < 0.7
-    assert 0.3 < np.mean(drawn) < 0.6 and all(n <= d for n, d in zip(named, drawn, strict=True))
+    assert 0 < sum(named) < 0.5 * sum(drawn)
+    assert 0.2 < sum(drawn) / sum(len(p.objects) for p in plain.scenes) < 0.55
+    assert all(n <= d for n, d in zip(named, drawn, strict=True))
     labels = twins.labels.float().sum((1, 2)) / 255
     assert torch.isfinite(labels).all() and twins.labels.shape == plain.labels.shape
     both = [i for i, more in enumerate(drawn) if more]
