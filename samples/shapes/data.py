@@ -66,8 +66,8 @@ class SceneLatents:
         marked: the probability with which an object of the same scenes has a mark (`marks.py`).
         missing: the probability with which a picture lacks an object that its caption names, as
             pictures of the web do; one of them, drawn at random, always stays.
-        twins: the probability with which an object has a twin (`marks.with_twin`); every second such
-            caption names them.
+        twins: the probability with which an object has a twin (`marks.with_twin`); half of the
+            captions name them.
     """
 
     def __init__(
