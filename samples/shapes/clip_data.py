@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dittune.samples.shapes import data, models_wan, motion, world
 
-CLIPS = 16_000
+CLIPS = 48_000
 CROP = 32  # pixels a side
 
 

@@ -15,7 +15,7 @@ from dittune.samples.shapes import motion, world
 PROMPT_SETS = (*world.SPLITS, "val-bare", "test-bare")
 COUNTS = {1: 80, 2: 100, 3: 40, 4: 20}  # number of objects -> number of prompts
 BARE_COUNTS = {1: 48, 2: 100, 3: 60}
-VIDEO_COUNTS = {1: 60, 2: 60, 3: 20}
+VIDEO_COUNTS = {1: 70, 2: 70}
 _SEEDS = {"train": 101, "val": 202, "test": 303, "val-bare": 404, "test-bare": 505}
 
 

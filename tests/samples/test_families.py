@@ -258,7 +258,7 @@ def test_the_tokenizer_of_clips_knows_every_word_of_theirs():
     tokenizer = models_wan.build_tokenizer()
     rng = np.random.default_rng(1)
     for _ in range(200):
-        caption = motion.caption(motion.sample_clip(rng, 3), rng)
+        caption = motion.caption(motion.sample_clip(rng, 2), rng)
         count = len(caption.replace(",", " ,").split()) + 1
         assert len(tokenizer(caption).input_ids) == count <= models_wan.CAPTION_TOKENS
 
