@@ -41,8 +41,6 @@ class SubjectMethod(Method):
             of a model without joint ones; empty is all joint layers, or the later half of the self
             layers.
         keep: share of the shared tokens that are kept, drawn anew at each step.
-        unconditional: whether pictures look at each other in the unconditional branch too. If they
-            do not, guidance drives a picture towards what it takes from the references.
 
     Raises:
         ConfigError: a value outside its range; while generating, what `read_masks` raises, as many
@@ -60,7 +58,6 @@ class SubjectMethod(Method):
     masks: str = ""
     layers: str = ""
     keep: float = 0.5
-    unconditional: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,15 +195,7 @@ class SubjectMethod(Method):
         key = (call.site.kind, call.site.stage, shares)
         if key not in memory.plans:
             memory.plans[key] = self._plans(call, memory, shares)
-        plans = memory.plans[key]
-        if self.unconditional:
-            return attend_by_plans(call, plans, proceed)
-        found = []
-        for i in range(len(call.roles)):
-            part = call.take_rows(i * count, (i + 1) * count)
-            alone = part.roles == ("uncond",)
-            found.append(proceed(part) if alone else attend_by_plans(part, plans, proceed))
-        return torch.cat(found)
+        return attend_by_plans(call, memory.plans[key], proceed)
 
     def _plans(self, call: AttnCall, memory: Any, shares: bool) -> list[PicturePlan]:
         grid = call.layout.grid[1:]

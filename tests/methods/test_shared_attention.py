@@ -89,23 +89,3 @@ def test_merged_padding_stays_exact_beside_it():
             with dittune.attach(pipe, *methods):
                 results.append(latents(pipe, PROMPTS))
         assert (results[0] - results[1]).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_unconditional_branch_can_be_left_alone(family):
-    """FLUX computes it after the other one, the rest before it, in one batch."""
-
-    def predictions(**settings):
-        pipe, seen = FAMILIES[family](), []
-        denoiser(pipe).register_forward_hook(lambda module, args, out: seen.append(out[0]))
-        guidance = {"true_cfg_scale": 3.0, "negative_prompt": ""} if family == "flux" else {}
-        with dittune.attach(pipe, SharedAttention(keep=1.0, **settings)):
-            latents(pipe, PROMPTS[::2], steps=1, **{"guidance_scale": 3.0, **guidance})
-        chunks = torch.cat(seen).split(2)
-        return chunks[::-1] if family == "flux" else chunks
-
-    plain, both, one = (
-        predictions(**each) for each in ({"references": 0}, {}, {"unconditional": False})
-    )
-    assert torch.equal(one[0], plain[0]) and torch.equal(one[1], both[1])
-    assert not torch.allclose(one[0], both[0]) and not torch.allclose(one[1], plain[1])
