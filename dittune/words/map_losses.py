@@ -35,12 +35,12 @@ def retention(maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return (1 - soft_ios(maps, masks.to(maps.dtype))).sum()
 
 
-def neglect(maps: torch.Tensor) -> torch.Tensor:
-    """How far the most neglected word is from having one image token to itself.
+def neglect(maps: torch.Tensor, enough: float = 1.0) -> torch.Tensor:
+    """How far the most neglected word is from having `enough` of one image token.
 
-    `max_k max(0, 1 - max A_k)`. Source: attend-and-excite (arXiv 2301.13826).
+    `max_k max(0, enough - max A_k)`. Source: attend-and-excite (arXiv 2301.13826), `enough` is 1.
     """
-    return (1 - maps.flatten(1).amax(1)).clamp_min(0).amax()
+    return (enough - maps.flatten(1).amax(1)).clamp_min(0).amax()
 
 
 def contrast(vectors: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:

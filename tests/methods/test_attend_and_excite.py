@@ -79,6 +79,22 @@ def test_every_word_of_a_concept_counts_and_found_concepts_give_their_noun():
     assert not torch.equal(results[0], results[3])
 
 
+def test_a_word_that_has_enough_moves_nothing():
+    pipe = sd3()
+    plain = latents(pipe, TWO)
+    for enough, moves in ((1e-6, False), (0.9, True)):
+        with dittune.attach(pipe, AttendAndExcite(enough=enough, refinements=2)):
+            assert torch.equal(latents(pipe, TWO), plain) is not moves
+    thresholds = [AttendAndExcite(enough=0.3).refinement(step, 50)[1] for step in (0, 10, 20)]
+    assert thresholds == [pytest.approx(0.25), 0, 0]
+
+
+@pytest.mark.parametrize("enough", [0.0, 1.5])
+def test_enough_is_a_share(enough):
+    with pytest.raises(ConfigError, match=r"enough is in \(0, 1\], got"):
+        AttendAndExcite(enough=enough)
+
+
 def test_refinements_below_zero():
     with pytest.raises(ConfigError, match="refinements is a number from 0 on, got -1"):
         AttendAndExcite(refinements=-1)

@@ -37,6 +37,7 @@ def test_neglect_is_of_the_word_that_is_seen_least():
     assert neglect(values).item() == pytest.approx(0.7)
     assert neglect(values.clamp_min(1.0)) == 0
     assert neglect(values + 1.0) == 0  # never below 0
+    assert neglect(values, 0.5).item() == pytest.approx(0.2) and neglect(values, 0.3) == 0
 
 
 def contrast_by_hand(vectors, labels, temperature):
