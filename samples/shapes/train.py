@@ -53,6 +53,8 @@ def main() -> None:
     for name in shares:
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} is a share in [0, 1]")
+    if args.stage in ("video_autoencoder", "video_decoder") and (args.init or args.marked):
+        parser.error(f"{args.stage} takes no --init and no --marked")
     if args.stage in autoencoders:
         options = {"init": args.init, "marked": args.marked} if args.stage == "autoencoder" else {}
         autoencoders[args.stage](args.work / args.stage, args.steps, **options)

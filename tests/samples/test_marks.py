@@ -1,11 +1,14 @@
 """Marks are drawn and read; plain scenes stay what they were."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 import dittune
-from dittune.samples.shapes import data, marks, score_marks, world
+from dittune.samples.shapes import data, marks, score_marks, train, train_autoencoder, world
 
 
 def share_read_right(count, seed, through=lambda picture: picture):
@@ -37,8 +40,6 @@ def test_right_on_3000_drawn_scenes():
 
 @pytest.mark.slow
 def test_marks_survive_the_bundled_autoencoder():
-    from diffusers import AutoencoderKL
-
     vae = AutoencoderKL.from_pretrained(f"{dittune.checkpoint('shapes-sd3-marked')}/vae")
 
     @torch.no_grad()
@@ -141,3 +142,28 @@ def test_half_of_the_captions_name_the_twin(tmp_path):
     assert not torch.equal(twins.latents[both], plain.latents[both])
     others = [i for i, more in enumerate(drawn) if not more]
     assert torch.equal(twins.latents[others], plain.latents[others])
+
+
+def test_an_autoencoder_that_is_trained_on_keeps_its_scaling(tmp_path, monkeypatch):
+    shares, drawn = [], data.scene_pictures
+
+    def few(count, seed, marked):
+        shares.append(marked)
+        return drawn(4, seed, marked)
+
+    monkeypatch.setattr(data, "scene_pictures", few)
+    init = Path(dittune.checkpoint("shapes-sd3"))
+    train_autoencoder.train(tmp_path, 1, init, marked=0.5, batch=2)
+    before, after = (AutoencoderKL.from_pretrained(folder / "vae") for folder in (init, tmp_path))
+    for name in ("scaling_factor", "shift_factor"):
+        assert after.config[name] == before.config[name]
+    assert shares == [0.5]
+    changed = after.encoder.conv_in.weight - before.float().encoder.conv_in.weight
+    assert 0 < changed.abs().max() < 0.01  # one small step from the given weights
+
+
+def test_video_stages_take_no_marks(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "video_autoencoder", "--marked", "0.5"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "video_autoencoder takes no --init" in capsys.readouterr().err
