@@ -48,7 +48,6 @@ class FluxBundle(nn.Module):
     autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = True
     compiles: ClassVar = True
-    stills: ClassVar = 0.0
 
     def __init__(self):
         super().__init__()

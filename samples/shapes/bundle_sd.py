@@ -39,7 +39,6 @@ class SDBundle(nn.Module):
     autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = False  # this pipeline knows a scale only
     compiles: ClassVar = False  # torch 2.13 gets its bfloat16 gradients wrong on a CPU
-    stills: ClassVar = 0.0
 
     def __init__(self):
         super().__init__()

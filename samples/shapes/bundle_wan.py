@@ -37,7 +37,6 @@ class WanBundle(nn.Module):
     autoencoder: ClassVar = "video_autoencoder"
     has_shifted_latents: ClassVar = True
     compiles: ClassVar = True
-    stills: ClassVar = 0.5  # they teach colours and shapes in half of the time
 
     def __init__(self):
         super().__init__()

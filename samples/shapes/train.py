@@ -12,7 +12,8 @@ over the last 30 % of `--steps`, so a run can be lengthened or cut short by anot
 
 `--marked 0.67` gives two thirds of the objects a mark that no caption names (`marks.py`);
 `--missing 0.5` leaves each named object but one out of its picture with probability one half;
-`--twins 0.5` gives half of the objects a second one of the same kind and mark, if there is room.
+`--twins 0.5` gives half of the objects a second one of the same kind and mark, if there is room;
+`--stills 0.5` shows a video family nothing but first frames in the first half of the steps.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ def main() -> None:
     parser.add_argument("--marked", type=float, default=0.0, help="share of objects with a mark")
     parser.add_argument("--missing", type=float, default=0.0, help="share of objects left out")
     parser.add_argument("--twins", type=float, default=0.0, help="share of objects with a twin")
+    parser.add_argument("--stills", type=float, default=0.0, help="share of steps on first frames")
     parser.add_argument("--scenes", type=int, help="how many training scenes or clips")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
     args = parser.parse_args()
     if (args.stage == "export") != (args.family is not None):
         parser.error("`export FAMILY` needs a family, and no other stage takes one")
-    shares = ("marked", "missing", "twins")
+    shares = ("marked", "missing", "twins", "stills")
     for name in shares:
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} is a share in [0, 1]")

@@ -12,7 +12,6 @@ A family is one `nn.Module`, its bundle, with
 - `autoencoder`: the stage that trains its autoencoder, a key of `AUTOENCODERS`;
 - `compiles`: whether `torch.compile` was seen to compute its gradients right;
 - `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
-- `stills`: the share of the steps that come first and show only the first frame of each clip;
 - `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
 - `forward(*inputs)` -> (prediction, label logits `[B, tokens, 17]`);
 - `pipeline(vae)` -> an ordinary diffusers pipeline.
@@ -95,6 +94,7 @@ def train(
     marked: float = 0.0,
     missing: float = 0.0,
     twins: float = 0.0,
+    stills: float = 0.0,
 ) -> None:
     """Train `work/FAMILY`; `export` makes a pipeline of it.
 
@@ -106,6 +106,8 @@ def train(
         marked: share of objects with a mark, which no caption names (`marks.py`).
         missing: probability that a picture lacks a named object (`SceneLatents`).
         twins: probability with which an object has a twin of the same mark.
+        stills: share of the steps that come first and show only the first frame of each clip:
+            they teach colours and shapes in a third of the time.
     """
     rank, world_size = processes()
     if rank > 0:
@@ -114,6 +116,8 @@ def train(
     shares = {"marked": marked, "missing": missing, "twins": twins}
     if any(shares.values()) and stage != "autoencoder":
         raise ValueError(f"{', '.join(shares)} objects are for pictures, {family} makes clips")
+    if stills and stage == "autoencoder":
+        raise ValueError(f"stills are the first frames of clips, {family} makes pictures")
     vae = provide_autoencoder(work, init, stage)
     options = {"count": scenes} if scenes else {}
     options |= {name: share for name, share in shares.items() if share}
@@ -132,7 +136,7 @@ def train(
         rng = np.random.default_rng((5, step, rank))
         generator.manual_seed(step * world_size + rank)
         latents, texts, labels = drawn.batch(batch // world_size, rng)
-        if step < bundle.stills * steps:
+        if step < stills * steps:
             labels = labels[:, : labels.shape[1] // latents.shape[2]]
             latents = latents[:, :, :1]
         inputs, target = bundle.prepare(latents + offset, texts, generator)

@@ -105,8 +105,15 @@ def test_a_video_training_begins_with_first_frames(work, monkeypatch):
         return prepare(self, latents, texts, generator)
 
     monkeypatch.setattr(bundle_wan.WanBundle, "prepare", spy)
-    train("wan", work, steps=4)
+    train("wan", work, steps=4, stills=0.5)
     assert seen == [(24, 1, 8, 8)] * 2 + [(24, 3, 8, 8)] * 2
+
+
+def test_stills_and_marks_are_refused_where_they_mean_nothing(work):
+    with pytest.raises(ValueError, match="sd3 makes pictures"):
+        train("sd3", work, stills=0.5)
+    with pytest.raises(ValueError, match="wan makes clips"):
+        train("wan", work, marked=0.5)
 
 
 @families
