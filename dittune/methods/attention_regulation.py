@@ -27,7 +27,7 @@ from dittune.words.map_losses import unevenness
 from dittune.words.tokens import (
     Concept,
     PromptWords,
-    find_concepts,
+    find_rivals,
     parse_concepts,
     words_of_pictures,
 )
@@ -50,7 +50,8 @@ class AttentionRegulation(Method):
 
     Args:
         concepts: `red+circle, blue+square`, every word counts by itself; empty takes the nouns of
-            the noun groups found in each prompt. A picture without a concept is left alone.
+            the noun groups found in each prompt, two or more. A picture without a concept is left
+            alone.
         scale: factor of the bumps; 0 leaves the logits alone.
         iterations: of the descent, at each site and step.
         layers: where, `3,5-7`, counted among the joint or cross layers; empty is the model's own
@@ -92,7 +93,7 @@ class AttentionRegulation(Method):
         return word_sites(available, parse_layers(self.layers), self.name)
 
     def find(self, prompt: str) -> Sequence[Concept]:
-        return [concept[-1:] for concept in find_concepts(prompt)]
+        return [concept[-1:] for concept in find_rivals(prompt)]
 
     def around_model(
         self, inputs: ModelInputs, model: Callable[[ModelInputs], torch.Tensor]

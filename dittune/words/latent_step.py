@@ -26,7 +26,7 @@ from dittune.scheduler_seam import takes_latents
 from dittune.uncompiled import uncompiled
 from dittune.words.attn_maps import MapMean, WordMaps, text_maps, word_maps, word_sites
 from dittune.words.latent_inputs import checkpointed, frozen, latents_of, with_latents
-from dittune.words.tokens import Concept, find_concepts, parse_concepts, words_of_pictures
+from dittune.words.tokens import Concept, find_rivals, parse_concepts, words_of_pictures
 
 
 class _LastMapSeen(Exception):
@@ -76,12 +76,8 @@ class LatentStep(Method):
     # ------------------------------------------------------------- what a method has to say
 
     def find(self, prompt: str) -> Sequence[Concept]:
-        """The concepts of a prompt when none are given; none where there is only one.
-
-        A concept alone competes with no other: moving the latents for it only does harm.
-        """
-        found = find_concepts(prompt)
-        return found if len(found) > 1 else ()
+        """The concepts of a prompt when none are given."""
+        return find_rivals(prompt)
 
     def loss(self, picture: WordMaps, before: Any) -> torch.Tensor:
         """Loss of one picture; `before` is what `remember` kept of the step before, or None."""

@@ -97,6 +97,15 @@ def find_concepts(prompt: str) -> tuple[Concept, ...]:
     return tuple(tuple(group) for group in groups if group and group[-1] not in BEHIND)
 
 
+def find_rivals(prompt: str) -> tuple[Concept, ...]:
+    """The noun groups of a prompt that has two or more; none of one that has less.
+
+    A concept alone competes with no other: what is done for it only does harm.
+    """
+    found = find_concepts(prompt)
+    return found if len(found) > 1 else ()
+
+
 def prompt_words(
     axes: Sequence[TextAxis], texts: Mapping[str, str], concepts: Sequence[Concept]
 ) -> PromptWords:

@@ -157,13 +157,22 @@ def test_pictures_of_a_batch_do_not_depend_on_each_other(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision(family, dtype):
     pipe = FAMILIES[family]().to(dtype)
-    plain = latents(pipe)
+    plain = latents(pipe, TWO)
     with dittune.attach(pipe, AttentionRegulation()) as handle:
-        result = latents(pipe)
+        result = latents(pipe, TWO)
         report = handle.report()["attention_regulation"]
     assert result.dtype == dtype and result.isfinite().all()
     assert not torch.equal(result, plain)
     assert report["loss_after"] <= report["loss_before"]
+
+
+@pytest.mark.parametrize("build", [sd3, sd])
+def test_a_prompt_of_one_concept_is_left_alone_unless_it_is_asked_for(build):
+    pipe = build()
+    plain = latents(pipe, "a red circle")
+    for concepts, alone in (("", True), ("circle", False)):
+        with dittune.attach(pipe, AttentionRegulation(concepts=concepts)):
+            assert torch.equal(latents(pipe, "a red circle"), plain) == alone
 
 
 @pytest.mark.parametrize("build", [sd3, sd])
