@@ -23,7 +23,10 @@ NEUTRAL = {
     "attend_and_excite": [{"scale": 0.0}, {"start": 0.2, "stop": 0.2}],
     "a_star": [{"scale": 0.0}, {"stop": 0.0}],
     "conform": [{"scale": 0.0}, {"stop": 0.0}, {"stop": 1.0, "refinements": 0}],  # one concept
-    "attention_regulation": [{"scale": 0.0}, {"start": 0.3, "stop": 0.3}],
+    "attention_regulation": [
+        {"concepts": "circle", "scale": 0.0},
+        {"concepts": "circle", "start": 0.3, "stop": 0.3},
+    ],
     "reweight": [{}, {"weights": "circle:1"}, {"weights": "red:2", "stop": 0.0}],
     "shared_attention": [{"references": 0}, {"keep": 0.0}, {"start": 0.5, "stop": 0.5}],
     "isolation": [
@@ -59,7 +62,10 @@ ACTIVE = {
     "attend_and_excite": [{"refinements": 1}, {"concepts": "red, circle", "layers": "1"}],
     "a_star": [{}, {"concepts": "red, circle", "scale": 5.0, "checkpointing": True}],
     "conform": [{"concepts": "red, circle", "stop": 1.0, "refinements": 1}],
-    "attention_regulation": [{}, {"concepts": "red+circle", "scale": 2.0, "layers": "0"}],
+    "attention_regulation": [
+        {"concepts": "circle"},
+        {"concepts": "red+circle", "scale": 2.0, "layers": "0"},
+    ],
     "reweight": [{"weights": "circle:2, red:-1"}],
     "shared_attention": [{}, {"subjects": "red circle", "masks": BOXES.partition(";")[0]}],
     "isolation": [
