@@ -20,9 +20,17 @@ NEUTRAL = {
         {"heads": "0:1", "start": 0.5, "stop": 0.5},
     ],
     "merge_padding": [{"start": 0.5, "stop": 0.5}],
-    "attend_and_excite": [{"scale": 0.0}, {"start": 0.2, "stop": 0.2}],
-    "a_star": [{"scale": 0.0}, {"stop": 0.0}],
-    "conform": [{"scale": 0.0}, {"stop": 0.0}, {"stop": 1.0, "refinements": 0}],  # one concept
+    "attend_and_excite": [
+        {"concepts": "circle", "scale": 0.0},
+        {"concepts": "circle", "start": 0.2, "stop": 0.2},
+        {},  # one concept, and none is asked for
+    ],
+    "a_star": [{"concepts": "red, circle", "scale": 0.0}, {"concepts": "circle", "stop": 0.0}],
+    "conform": [
+        {"concepts": "red, circle", "scale": 0.0},
+        {"concepts": "red, circle", "stop": 0.0},
+        {"stop": 1.0, "refinements": 0},  # one concept
+    ],
     "attention_regulation": [
         {"concepts": "circle", "scale": 0.0},
         {"concepts": "circle", "start": 0.3, "stop": 0.3},
