@@ -48,7 +48,6 @@ class FluxBundle(nn.Module):
     autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = True
     compiles: ClassVar = True
-    noise: float = noising.NOISE
 
     def __init__(self):
         super().__init__()
@@ -71,7 +70,7 @@ class FluxBundle(nn.Module):
         self.tokens_seen = output[1]
 
     def prepare(self, latents, texts, generator):
-        noisy, sigma, target = noising.flow_matching(latents, generator, self.noise)
+        noisy, sigma, target = noising.flow_matching(latents, generator)
         length = TEXT_LENGTHS[int(torch.randint(len(TEXT_LENGTHS), (), generator=generator))]
         ids = models.clip_ids(self.tokenizer, texts)
         words = models.t5_ids(self.tokenizer_2, texts)

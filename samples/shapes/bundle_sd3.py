@@ -67,7 +67,6 @@ class SD3Bundle(nn.Module):
     autoencoder: ClassVar = "autoencoder"
     has_shifted_latents: ClassVar = True
     compiles: ClassVar = True
-    noise: float = noising.NOISE
 
     def __init__(self):
         super().__init__()
@@ -84,7 +83,7 @@ class SD3Bundle(nn.Module):
         self.tokens_seen = output[1]
 
     def prepare(self, latents, texts, generator):
-        noisy, sigma, target = noising.flow_matching(latents, generator, self.noise)
+        noisy, sigma, target = noising.flow_matching(latents, generator)
         return (noisy, sigma, models.clip_ids(self.tokenizer, texts)), target
 
     def forward(self, noisy, sigma, ids):

@@ -57,7 +57,6 @@ class WanBundle(nn.Module):
     autoencoder: ClassVar = "video_autoencoder"
     has_shifted_latents: ClassVar = True
     compiles: ClassVar = True
-    noise: float = noising.NOISE
 
     def __init__(self):
         super().__init__()
@@ -79,7 +78,7 @@ class WanBundle(nn.Module):
         self.tokens_seen = output
 
     def prepare(self, latents, texts, generator):
-        noisy, sigma, target = noising.flow_matching(latents, generator, self.noise)
+        noisy, sigma, target = noising.flow_matching(latents, generator)
         length = TEXT_LENGTHS[int(torch.randint(len(TEXT_LENGTHS), (), generator=generator))]
         words = models_wan.text_inputs(self.tokenizer, texts)
         return (noisy, sigma, *words, padding_bias(length)), target

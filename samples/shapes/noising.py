@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from diffusers import DDIMScheduler
 
-NOISE = 0.4  # mean of the logit of the level
-
 
 def flow_matching(
-    latents: torch.Tensor, generator: torch.Generator, mean: float = NOISE
+    latents: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(noisy latents, noise level `[B]` in 0..1, target velocity); levels sigmoid(N(mean, 1.2))."""
+    """(noisy latents, noise level `[B]` in 0..1, target velocity); levels sigmoid(N(0.4, 1.2))."""
     noise = torch.randn(latents.shape, generator=generator)
-    sigma = torch.sigmoid(mean + 1.2 * torch.randn(len(latents), generator=generator))
+    sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(len(latents), generator=generator))
     s = sigma.view(-1, *[1] * (latents.ndim - 1))
     return (1 - s) * latents + s * noise, sigma, noise - latents
 

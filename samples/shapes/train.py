@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--missing", type=float, default=0.0, help="share of objects left out")
     parser.add_argument("--twins", type=float, default=0.0, help="share of objects with a twin")
     parser.add_argument("--stills", type=float, default=0.0, help="share of steps on first frames")
-    parser.add_argument("--noise", type=float, help="mean of the logit of the noise level")
     parser.add_argument("--scenes", type=int, help="how many training scenes or clips")
     parser.add_argument("--eager", action="store_true", help="train a family without torch.compile")
     parser.add_argument("--out", type=Path, help="default: samples/checkpoints/shapes-FAMILY")
@@ -66,7 +65,7 @@ def main() -> None:
         export(args.family, args.work, out)
     else:
         settings = {"init": args.init, "batch": args.batch, "compiled": not args.eager}
-        settings |= {name: getattr(args, name) for name in ("scenes", "noise", *shares)}
+        settings |= {name: getattr(args, name) for name in ("scenes", *shares)}
         train_denoiser.train(args.stage, args.work, args.steps, **settings)
 
 

@@ -10,7 +10,6 @@ A family is one `nn.Module`, its bundle, with
 - `matrices`: a pattern of parameter names; the matrices among them are trained with Muon;
 - `loss_name`: what the loss log calls the error of the prediction;
 - `autoencoder`: the stage that trains its autoencoder, a key of `AUTOENCODERS`;
-- `noise`, of flow matching only: mean of the logit of the noise level;
 - `compiles`: whether `torch.compile` was seen to compute its gradients right;
 - `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
 - `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
@@ -94,7 +93,6 @@ def train(
     missing: float = 0.0,
     twins: float = 0.0,
     stills: float = 0.0,
-    noise: float | None = None,
 ) -> None:
     """Train `work/FAMILY`; `export` makes a pipeline of it.
 
@@ -108,7 +106,6 @@ def train(
         twins: probability with which an object has a twin of the same mark.
         stills: share of the steps that come first and show only the first frame of each clip:
             they teach colours and shapes in a third of the time.
-        noise: mean of the logit of the noise level, of flow matching; None is the usual one.
     """
     rank, world_size = processes()
     if rank > 0:
@@ -127,10 +124,6 @@ def train(
         dist.barrier()
     torch.manual_seed(4)
     bundle = FAMILIES[family]()
-    if noise is not None:
-        if not hasattr(bundle, "noise"):
-            raise ValueError(f"{family} is not trained by flow matching, to which noise belongs")
-        bundle.noise = noise
     if init is not None:
         load_weights(bundle, init)
     offset = 0.0 if bundle.has_shifted_latents else latent_shift(vae)

@@ -109,28 +109,11 @@ def test_a_video_training_begins_with_first_frames(work, monkeypatch):
     assert seen == [(24, 1, 8, 8)] * 2 + [(24, 3, 8, 8)] * 2
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "wan"])
-def test_the_mean_noise_level_can_be_chosen(family, work, monkeypatch):
-    levels = []
-    prepare = FAMILIES[family].prepare
-
-    def spy(self, *args):
-        inputs, target = prepare(self, *args)
-        levels.append(inputs[1])
-        return inputs, target
-
-    monkeypatch.setattr(FAMILIES[family], "prepare", spy)
-    train(family, work, noise=9.0)
-    assert torch.cat(levels).min() > 0.98
-
-
 def test_stills_and_marks_are_refused_where_they_mean_nothing(work):
     with pytest.raises(ValueError, match="sd3 makes pictures"):
         train("sd3", work, stills=0.5)
     with pytest.raises(ValueError, match="wan makes clips"):
         train("wan", work, marked=0.5)
-    with pytest.raises(ValueError, match="sd is not trained by flow matching"):
-        train("sd", work, noise=1.0)
 
 
 @families
