@@ -33,7 +33,7 @@ def crops(count: int, rng: np.random.Generator) -> torch.Tensor:
 
 
 def token_labels(clip: motion.Clip) -> np.ndarray:
-    """Share of every colour and shape in each token, `[3 * 64, 20]`: the mean over its frames."""
+    """Share of every colour and shape in each token, `[3 * 64, 17]`: the mean over its frames."""
     frames = np.stack(
         [data.token_labels(clip.scene(i), models_wan.TOKENS) for i in range(clip.frames)]
     )

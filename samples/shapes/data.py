@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from dittune.samples.shapes import marks, world
 
 SCENES = 80_000
 MOST_NAMED = 4  # objects in a caption
-LABEL_GROUPS = (len(world.COLORS) + len(world.BACKGROUNDS), len(world.SHAPES), len(marks.MARKS))
-LABELS = sum(LABEL_GROUPS)
+LABELS = len(world.COLORS) + len(world.BACKGROUNDS) + len(world.SHAPES)
+COLOR_LABELS = len(world.COLORS) + len(world.BACKGROUNDS)
 
 
 def scene_pictures(count: int, seed: int, marked: float = 0.0) -> torch.Tensor:
@@ -34,27 +33,19 @@ def to_unit(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.float() / 127.5 - 1
 
 
-def token_labels(
-    scene: world.Scene, tokens: int = 8, own: Sequence[str] | None = None
-) -> np.ndarray:
-    """What stands in each image token: share of each colour, shape and mark, `[tokens**2, 20]`.
+def token_labels(scene: world.Scene, tokens: int = 8) -> np.ndarray:
+    """What stands in each image token: share of every colour and every shape, `[tokens**2, 17]`.
 
-    Columns: 8 object colours, 3 backgrounds, 6 shapes, 3 marks. For the auxiliary loss only.
-
-    Args:
-        own: the marks of the objects; None is `plain` ones.
+    Columns: 8 object colours, 3 backgrounds, 6 shapes. Used for the auxiliary loss only.
     """
     colors = [*world.COLORS, *world.BACKGROUNDS]
-    labels = np.zeros((tokens, tokens, LABELS), np.float32)
+    labels = np.zeros((tokens, tokens, len(colors) + len(world.SHAPES)), np.float32)
     patch = world.CANVAS // tokens
-    for thing, mark in zip(
-        scene.objects, own or [marks.MARKS[0]] * len(scene.objects), strict=True
-    ):
+    for thing in scene.objects:
         cover = world.coverage(thing.shape, thing.x, thing.y, thing.radius, world.CANVAS)
         share = cover.reshape(tokens, patch, tokens, patch).mean((1, 3))
         labels[..., colors.index(thing.color)] += share
         labels[..., len(colors) + world.SHAPES.index(thing.shape)] += share
-        labels[..., len(colors) + len(world.SHAPES) + marks.MARKS.index(mark)] += share
     free = 1 - labels[..., : len(world.COLORS)].sum(-1)
     labels[..., colors.index(scene.background)] = free.clip(0, 1)
     return labels.reshape(tokens * tokens, -1)
@@ -118,8 +109,7 @@ class SceneLatents:
             work.mkdir(parents=True, exist_ok=True)
             torch.save(torch.cat(parts).half(), path)
         self.latents = torch.load(path, weights_only=True)
-        pairs = zip(self.scenes, self.marks, strict=True)
-        labels = np.stack([token_labels(scene, own=own) for scene, own in pairs])
+        labels = np.stack([token_labels(scene) for scene in self.scenes])
         self.labels = torch.from_numpy((labels * 255).round().astype(np.uint8))
 
     def batch(self, size: int, rng: np.random.Generator):

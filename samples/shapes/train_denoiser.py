@@ -1,8 +1,8 @@
 """Stage two: a denoiser and its text encoders, trained together from scratch on latents.
 
 Captions are dropped 10 % of the time. A linear head on one middle block also has to say which
-colour, shape and mark each image token belongs to; it is dropped afterwards, and makes the model
-learn objects several times sooner.
+colour and shape each image token belongs to; it is dropped afterwards, and makes the model learn
+objects several times sooner.
 
 A family is one `nn.Module`, its bundle, with
 
@@ -13,7 +13,7 @@ A family is one `nn.Module`, its bundle, with
 - `compiles`: whether `torch.compile` was seen to compute its gradients right;
 - `has_shifted_latents`: whether the pipeline knows the autoencoder's `shift_factor`;
 - `prepare(latents, texts, generator)` -> (inputs of `forward`, target);
-- `forward(*inputs)` -> (prediction, label logits `[B, tokens, 20]`);
+- `forward(*inputs)` -> (prediction, label logits `[B, tokens, 17]`);
 - `pipeline(vae)` -> an ordinary diffusers pipeline.
 """
 
@@ -76,9 +76,11 @@ def split_parameters(bundle: nn.Module) -> tuple[list, list]:
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropies of colour, shape and mark, added up; `[B, tokens, 20]` each."""
-    groups = zip(*(x.split(data.LABEL_GROUPS, -1) for x in (logits.float(), labels)), strict=True)
-    return sum(-(share * own.log_softmax(-1)).sum(-1).mean() for own, share in groups)
+    """Cross entropy of colour plus that of shape, `[B, tokens, 17]` each."""
+    logits, colors = logits.float(), data.COLOR_LABELS
+    color = -(labels[..., :colors] * logits[..., :colors].log_softmax(-1)).sum(-1).mean()
+    shape = -(labels[..., colors:] * logits[..., colors:].log_softmax(-1)).sum(-1).mean()
+    return color + shape
 
 
 def train(
