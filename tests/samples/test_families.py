@@ -313,3 +313,34 @@ def test_an_autoencoder_that_is_nowhere_is_to_be_trained_first(tmp_path, monkeyp
     monkeypatch.setattr(train_denoiser, "available_checkpoints", lambda: ["shapes-sd3"])
     with pytest.raises(ValueError, match="train video_autoencoder first"):
         train_denoiser.provide_autoencoder(tmp_path, None, "video_autoencoder")
+
+
+def test_training_on_clips_begins_with_an_ear_for_words(monkeypatch):
+    """Cross attention of the new model, and of one whose padding is as loud as its words."""
+    shares = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **options):
+        if attn_mask is not None and attn_mask.shape[-1] == models_wan.CAPTION_TOKENS + 1:
+            logits = query @ key.mT * query.shape[-1] ** -0.5 + attn_mask
+            shares.append(float(logits.softmax(-1)[..., -1].mean()))
+        return plain(query, key, value, attn_mask=attn_mask, **options)
+
+    text = "a red circle moving right and a still blue star"
+
+    def padding_share(quieten):
+        monkeypatch.setattr(bundle_wan, "quieten_padding", quieten)
+        torch.manual_seed(4)
+        bundle = FAMILIES["wan"]()
+        generator = torch.Generator().manual_seed(0)
+        noisy = torch.randn(2, models_wan.LATENT_CHANNELS, 3, 8, 8, generator=generator)
+        words = models_wan.text_inputs(bundle.tokenizer, [text] * 2)
+        shares.clear()
+        with torch.no_grad():
+            bundle(noisy, torch.full((2,), 0.5), *words, bundle_wan.padding_bias(512))
+        return max(shares)
+
+    quieten = bundle_wan.quieten_padding
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    assert padding_share(lambda transformer: None) > 0.9
+    assert padding_share(quieten) < 0.7
