@@ -1,8 +1,8 @@
 """Do subjects stay the same? Marks that no prompt names, from references to scenes, by method.
 
-A story is a reference of each subject and one scene with all of them, in the Shapes world. Its
-marks are in no prompt, so only the references can tell them. The plain pictures are segmented
-exactly to give every method the same masks.
+A story is a reference of each subject and one scene with all of them, in the Shapes world, all on
+one background. Its marks are in no prompt, so only the references can tell them. The plain pictures
+are segmented exactly to give every method the same masks.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def evaluate_stories(
     rows = log.read()
     done = {(row.variant, row.prompt, row.seed) for row in rows}
     for number, subjects in enumerate(tqdm(told, desc="stories", unit="story")):
-        tale = Tale(tuple(subjects), seed=1000 * number)
+        tale = Tale(tuple(subjects), number)
         todo = [v for v in compared if (v, tale.prompt, tale.seed) not in done]
         if not todo:
             continue
@@ -143,7 +143,7 @@ def evaluate_stories(
                 pictures += [*shown.values(), made[-1]]
         names = [f"{label}: {what}" for label in todo for what in (*subjects, tale.prompt)]
         grid(pictures, len(subjects) + 1, names).save(out / "stories.png")
-    prompts = {scene_prompt(subjects) for subjects in told}
+    prompts = {Tale(tuple(subjects), number).prompt for number, subjects in enumerate(told)}
     return [row for row in rows if row.prompt in prompts and row.variant in compared]
 
 
@@ -151,11 +151,22 @@ class Tale(NamedTuple):
     """One story: reference `i` has seed `seed + i`, the scene the one after them."""
 
     subjects: tuple[str, ...]
-    seed: int
+    number: int
+
+    @property
+    def seed(self) -> int:
+        return 1000 * self.number
 
     @property
     def prompt(self) -> str:
-        return scene_prompt(self.subjects)
+        return self.placed(scene_prompt(self.subjects))
+
+    def placed(self, prompt: str) -> str:
+        """The prompt with the background of the story."""
+        backgrounds = [*world.BACKGROUNDS]
+        return (
+            f"{prompt} on {world.article(backgrounds[self.number % len(backgrounds)])} background"
+        )
 
     def make(
         self, pipeline: Pipeline, methods: Sequence[Method], shown: Sequence[str], settings
@@ -164,7 +175,8 @@ class Tale(NamedTuple):
         pipeline.methods = [MergePadding(), *methods]
         seeds = [self.seed + self.subjects.index(subject) for subject in shown]
         seeds.append(self.seed + len(self.subjects))
-        return pipeline([*shown, self.prompt], seed=seeds, progress=False, **settings).images
+        prompts = [*(self.placed(subject) for subject in shown), self.prompt]
+        return pipeline(prompts, seed=seeds, progress=False, **settings).images
 
 
 def _judge(label, tale: Tale, subject: str, reference, scene, plain, cost) -> SubjectRow:

@@ -29,41 +29,59 @@ def share(rows: Sequence[SubjectRow], what: str) -> dict[str, float]:
 
 
 def summarize(rows: Sequence[SubjectRow]) -> list[dict[str, Any]]:
-    """One row a variant; `kept` is of the subjects whose reference can be read."""
+    """One row a variant; `kept` is of the subjects whose reference can be read.
+
+    `difference` and `fused_difference` are to the first variant, `over_second` to the second.
+    """
     labels = list(dict.fromkeys(row.variant for row in rows))
     groups = {label: [row for row in rows if row.variant == label] for label in labels}
-    baseline = [row for row in groups[labels[0]] if row.readable]
+    known = {label: [row for row in own if row.readable] for label, own in groups.items()}
+    scenes = {label: _scenes(own) for label, own in groups.items()}
+    first, second = (*labels, labels[0])[:2]
     table = []
     for label, own in groups.items():
-        readable = [row for row in own if row.readable]
+        readable = known[label]
         line: dict[str, Any] = {"variant": label, "subjects": len(own)}
         line["kept"] = share(readable, "kept")
         for count in sorted({row.count for row in own}):
             line[f"kept_{count}"] = share([r for r in readable if r.count == count], "kept")
         line["found"] = share(own, "found")
-        scenes = {(row.prompt, row.seed): row for row in own}.values()
-        line["fused_a_scene"] = float(np.mean([row.fused for row in scenes]))
-        is_first = label == labels[0]
-        line["difference"] = None if is_first else paired_difference(readable, baseline, "kept")
-        line["seconds"] = float(np.median([row.seconds for row in scenes]))
+        line["difference"] = line["over_second"] = line["fused_difference"] = None
+        if label != first:
+            line["difference"] = paired_difference(readable, known[first], "kept")
+            line["fused_difference"] = paired_difference(scenes[label], scenes[first], "fused")
+        if label not in (first, second):
+            line["over_second"] = paired_difference(readable, known[second], "kept")
+        line["fused_a_scene"] = float(np.mean([row.fused for row in scenes[label]]))
+        line["seconds"] = float(np.median([row.seconds for row in scenes[label]]))
         line["peak_mib"] = max(row.peak_mib for row in own)
         table.append(line)
     return table
 
 
+def _scenes(rows: Sequence[SubjectRow]) -> list[SubjectRow]:
+    """A row of each scene."""
+    return list({(row.prompt, row.seed): row for row in rows}.values())
+
+
 def as_markdown(table: Sequence[dict[str, Any]]) -> str:
     """The table; shares in per cent with their 95 % interval."""
     shares = [key for key, value in table[0].items() if isinstance(value, dict)]
-    head = ["variant", "subjects", *shares, "difference", "fused a scene", "s a story", "peak MiB"]
+    second = table[min(1, len(table) - 1)]["variant"]
+    head = ["variant", "subjects", *shares, "difference", f"over {second}", "fused a scene"]
+    head += ["difference", "s a story", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for line in table:
         cells = [line["variant"], str(line["subjects"])]
         for key in shares:
             low, high = 100 * line[key]["low"], 100 * line[key]["high"]
             cells.append(f"{100 * line[key]['share']:.1f} ({low:.1f} to {high:.1f})")
-        gap = line["difference"]
-        cells.append("" if gap is None else SIGNED.format(*(100 * x for x in gap)))
-        cells += [f"{line['fused_a_scene']:.2f}", f"{line['seconds']:.2f}"]
+        for gap in (line["difference"], line["over_second"]):
+            cells.append("" if gap is None else SIGNED.format(*(100 * x for x in gap)))
+        gap = line["fused_difference"]
+        cells.append(f"{line['fused_a_scene']:.2f}")
+        cells.append("" if gap is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*gap))
+        cells.append(f"{line['seconds']:.2f}")
         lines.append("| " + " | ".join([*cells, f"{line['peak_mib']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -119,7 +137,7 @@ def _cost(pipeline, methods, prompts, rounds: int, settings) -> dict[str, float]
             started = time.perf_counter()
             pipeline(prompts, seed=0, progress=False, **settings)
             seconds.append(time.perf_counter() - started)
-    return {"seconds": round(min(seconds), 3), "peak_mib": round(memory.mib)}
+    return {"seconds": round(min(seconds), 6), "peak_mib": round(memory.mib)}
 
 
 def costs_markdown(lines: Sequence[Mapping[str, Any]]) -> str:

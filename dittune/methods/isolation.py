@@ -77,7 +77,7 @@ class Isolation(SubjectMethod):
             for tokens, keys in ((looking, extra), (place & ~looking, None)):
                 if tokens.any():
                     rows = image_rows(call.layout, length, tokens.flatten())
-                    groups.append(row_group(rows, own, call.layout, keys))
+                    groups.append(row_group(rows, own, call.layout, keys, foreign_bias=self.bias))
         if not groups:
             return None
         if rest.any():

@@ -54,7 +54,8 @@ class SharedAttention(SubjectMethod):
         own = torch.ones(length, dtype=torch.bool)
         rows = image_rows(call.layout, length, torch.ones(last - first, dtype=torch.bool))
         count = sum(len(one.tokens) for one in foreign)
-        groups = [row_group(rows, own, call.layout, length + torch.arange(count))]
+        extra = length + torch.arange(count)
+        groups = [row_group(rows, own, call.layout, extra, foreign_bias=self.bias)]
         if not rows.all():
             groups.append(row_group(~rows, own, call.layout))
         return PicturePlan(picture, tuple(groups), tuple(foreign))

@@ -6,6 +6,7 @@ from them. Everything here is bookkeeping: who is in which picture, where, and w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,6 +42,7 @@ class SubjectMethod(Method):
             of a model without joint ones; empty is all joint layers, or the later half of the self
             layers.
         keep: share of the shared tokens that are kept, drawn anew at each step.
+        bias: added to the logits of the shared tokens; 2.0 lets them count 7 times as much.
 
     Raises:
         ConfigError: a value outside its range; while generating, what `read_masks` raises, as many
@@ -58,6 +60,7 @@ class SubjectMethod(Method):
     masks: str = ""
     layers: str = ""
     keep: float = 0.5
+    bias: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +72,8 @@ class SubjectMethod(Method):
             raise ConfigError(f"{self.name}: references is a number of pictures")
         if not 0.0 <= self.keep <= 1.0:
             raise ConfigError(f"{self.name}: keep is in [0, 1], got {self.keep}")
+        if not math.isfinite(self.bias):
+            raise ConfigError(f"{self.name}: bias is a finite number, got {self.bias}")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -192,7 +197,7 @@ class SubjectMethod(Method):
         if call.site not in memory.acting or (self.needs_masks() and memory.masks is None):
             return proceed(call)
         shares = call.site in memory.sharing
-        key = (call.site.kind, call.site.stage, shares)
+        key = (call.site.kind, call.site.stage, call.key.shape[2], shares)
         if key not in memory.plans:
             memory.plans[key] = self._plans(call, memory, shares)
         return attend_by_plans(call, memory.plans[key], proceed)

@@ -70,6 +70,7 @@ def row_group(
     layout: TokenLayout,
     foreign: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    foreign_bias: float = 0.0,
 ) -> RowGroup:
     """The group of `rows` that see some keys.
 
@@ -79,14 +80,17 @@ def row_group(
         layout: of the keys.
         foreign: places of further keys among the joined ones, int64.
         bias: `[Skv]`, of the own keys.
+        foreign_bias: of the further keys, all of them.
     """
     first, last = layout.text
     before = int(own[:first].sum())
     text = (before, before + int(own[first:last].sum()))
     keys = own.nonzero().flatten()
     extra = keys.new_zeros(0) if foreign is None else foreign
+    if bias is None and foreign_bias and len(extra):
+        bias = torch.zeros(len(own))
     if bias is not None:
-        bias = torch.cat([bias[own], bias.new_zeros(len(extra))])
+        bias = torch.cat([bias[own], bias.new_full((len(extra),), foreign_bias)])
     return RowGroup(rows.nonzero().flatten(), torch.cat([keys, extra]), text, bias)
 
 

@@ -1,5 +1,6 @@
 """Isolation and reposition, against masks and hidden states moved by hand."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -37,13 +38,17 @@ def run_plan(method, call, masks=MASKS, shares=True):
     return [plan for plan in plans if plan is not None]
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.5])
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_target_sees_its_subjects_in_the_references_and_not_each_other(name, isolate, shares):
+def test_a_target_sees_its_subjects_in_the_references_and_not_each_other(
+    name, isolate, shares, bias
+):
     call = call_of(name)
     first, length = call.layout.image[0], call.query.shape[2]
-    method = Isolation(subjects=SUBJECTS, references=2, keep=1.0, isolate=isolate, reposition=False)
+    settings = {"subjects": SUBJECTS, "references": 2, "keep": 1.0, "bias": bias}
+    method = Isolation(**settings, isolate=isolate, reposition=False)
     plans = run_plan(method, call, shares=shares)
     if not (shares or isolate):
         assert plans == []
@@ -59,7 +64,9 @@ def test_a_target_sees_its_subjects_in_the_references_and_not_each_other(name, i
         extra[first + row, 3:] = True
         if isolate:
             allowed[first + row, [first + k for k in (0, 3)]] = False
-    wanted = dense(call, 2, torch.cat([allowed, extra[:, : 5 * shares]], 1), foreign)
+    extra = extra[:, : 5 * shares]
+    added = torch.cat([torch.zeros(length, length), torch.full(extra.shape, bias)], 1)
+    wanted = dense(call, 2, torch.cat([allowed, extra], 1), foreign, added)
     out = attend_by_plans(call, plans, core).unflatten(0, (2, PICTURES))
     torch.testing.assert_close(out[:, 2], wanted, atol=1e-12, rtol=1e-12)
     plain = core(call).unflatten(0, (2, PICTURES))
@@ -196,6 +203,7 @@ def test_a_family_whose_keys_nobody_knows_is_refused():
 def test_wrong_settings_are_refused():
     for settings, says in (
         ({"keep": 1.5}, "keep is in"),
+        ({"bias": math.nan}, "bias is a finite number"),
         ({"references": -1}, "references is a number"),
         ({"subjects": "red circle, red+circle"}, "given twice"),
         ({"layers": "x"}, "layers are written"),

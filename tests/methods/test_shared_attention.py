@@ -14,14 +14,15 @@ from tests.subjects.test_row_groups import LAYOUTS, PICTURES, call_of, core, den
 from tests.tiny import FAMILIES, denoiser, latents
 
 
+@pytest.mark.parametrize("bias", [0.0, -1.5])
 @pytest.mark.parametrize("subjects", ["", SUBJECTS])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_image_rows_see_the_references(name, subjects):
+def test_image_rows_see_the_references(name, subjects, bias):
     """All of them without subjects, which is plain concatenation; else the subjects' tokens."""
     call = call_of(name)
     length = call.query.shape[2]
     masks = MASKS if subjects else []
-    method = SharedAttention(subjects=subjects, references=2, keep=1.0)
+    method = SharedAttention(subjects=subjects, references=2, keep=1.0, bias=bias)
     out = attend_by_plans(call, run_plan(method, call, masks), core)
     out = out.unflatten(0, (2, PICTURES))
     tokens = {0: [0, 1, 4], 1: [2, 5]} if subjects else {0: range(6), 1: range(6)}
@@ -30,7 +31,8 @@ def test_image_rows_see_the_references(name, subjects):
         extra = torch.zeros(length, sum(len(t) for _, t in foreign), dtype=torch.bool)
         extra[slice(*call.layout.image)] = True
         allowed = torch.cat([torch.ones(length, length, dtype=torch.bool), extra], 1)
-        wanted = dense(call, picture, allowed, foreign)
+        added = torch.cat([torch.zeros(length, length), torch.full(extra.shape, bias)], 1)
+        wanted = dense(call, picture, allowed, foreign, added)
         torch.testing.assert_close(out[:, picture], wanted, atol=1e-12, rtol=1e-12)
 
 
@@ -89,3 +91,19 @@ def test_merged_padding_stays_exact_beside_it():
             with dittune.attach(pipe, *methods):
                 results.append(latents(pipe, PROMPTS))
         assert (results[0] - results[1]).abs().max() < 1e-5
+
+
+def test_passes_may_have_texts_of_different_length():
+    """The negative prompt of FLUX is a pass of its own; with merged padding it is shorter."""
+    pipe = dittune.Pipeline.from_pretrained("shapes-flux")
+    shared = SharedAttention(subjects="red circle", keep=1.0, masks="0,0,0.5,1: red circle")
+    size = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+    results = []
+    for methods in ([MergePadding()], [shared], [MergePadding(), shared]):
+        pipe.methods = methods
+        prompts = ["a red circle", "a red circle and a blue square"]
+        settings = {"true_cfg_scale": 2.0, "negative_prompt": "", **size}
+        results.append(pipe(prompts, seed=0, progress=False, **settings).images)
+    plain, wanted, found = results
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+    assert (found[1] - plain[1]).abs().max() > 0.1

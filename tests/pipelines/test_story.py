@@ -143,6 +143,7 @@ class Painter:
     def __call__(self, prompts, seed, progress, **settings):
         acting = [m for m in self.methods if isinstance(m, SubjectMethod)]
         assert all(method.masks for method in acting)
+        assert len({world.parse(prompt).background for prompt in prompts}) == 1
         images = []
         for prompt in prompts:
             things, own = [], []
@@ -166,13 +167,21 @@ def test_kept_marks_are_counted(tmp_path):
     assert told == [*story_eval.stories("val", 2, (2, 3))]
     rows = story_eval.evaluate_stories(Painter(), VARIANTS, told, tmp_path)
     assert len(rows) == 5 * 10
+    assert len({world.parse(row.prompt).background for row in rows} - {None}) == 3
     table = {line["variant"]: line for line in story_table.summarize(rows)}
     kept = {label: line["kept"]["share"] for label, line in table.items()}
     assert kept == {"none": 0, "shared_attention": 0, "isolation": 0, "reposition": 1, "both": 1}
     assert table["both"]["difference"][0] == 1.0 and table["both"]["found"]["share"] == 1.0
     assert table["isolation"]["fused_a_scene"] > 0 == table["both"]["fused_a_scene"]
+    assert [line["over_second"] for line in table.values()][:2] == [None, None]
+    assert table["both"]["over_second"] == (1.0, 1.0, 1.0)
+    assert table["both"]["fused_difference"] == (0.0, 0.0, 0.0)
+    fused = table["isolation"]["fused_a_scene"]
+    assert table["isolation"]["fused_difference"][0] == fused
     text = story_table.as_markdown([*table.values()])
-    assert "| both | 10 | 100.0 (72.2 to 100.0) |" in text
+    assert "| both | 10 | 100.0 (72.2 to 100.0) |" in text and "| over shared_attention |" in text
+    alone = story_table.as_markdown(story_table.summarize(rows[:2]))
+    assert len(set(map(len, (line.split("|") for line in alone.splitlines())))) == 1
     assert (tmp_path / "stories.png").exists()
     assert story_eval.evaluate_stories(None, VARIANTS, told, tmp_path) == rows
     picture = story_table.against_distance(rows, ["isolation", "both"], "title")

@@ -79,7 +79,10 @@ def test_groups_are_the_dense_mask(name, roles):
         if added is not None:
             bias[rows, :length] = added
         if rows.any():
-            groups.append(row_group(rows, own, call.layout, length + extra[number], added))
+            groups.append(
+                row_group(rows, own, call.layout, length + extra[number], added, number / 2)
+            )
+        bias[rows, length:] = number / 2
     plan = PicturePlan(1, tuple(groups), tuple(Foreign(p, t) for p, t in foreign))
     out = attend_by_plans(call, [plan], core).unflatten(0, (len(roles), PICTURES))
     wanted = dense(call, 1, allowed, foreign, bias)
