@@ -70,11 +70,11 @@ def refuse_overlap(masks: torch.Tensor, labels: list[str], name: str) -> None:
                 )
 
 
-def on_grid(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def on_grid(masks: torch.Tensor, height: int, width: int, cover: float = 0.5) -> torch.Tensor:
     """Masks apart from each other on a grid of tokens.
 
-    A token belongs to the mask that covers most of it, if that covers at least half as much of it
-    as of the token it covers most: so a small mask keeps a token on a coarse grid.
+    A token belongs to the mask that covers most of it, if that covers at least `cover` times as
+    much of it as of the token it covers most: so a small mask keeps a token on a coarse grid.
 
     Args:
         masks: `[S, h, w]`, bool.
@@ -84,7 +84,7 @@ def on_grid(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     if not len(masks):
         return masks.new_zeros(0, height, width)
-    cover = functional.interpolate(masks[None].double(), size=(height, width), mode="area")[0]
-    highest = cover.amax((1, 2), keepdim=True)
-    winner = torch.zeros_like(cover, dtype=torch.bool).scatter_(0, cover.argmax(0)[None], True)
-    return winner & (cover > 0) & (cover >= 0.5 * highest)
+    share = functional.interpolate(masks[None].double(), size=(height, width), mode="area")[0]
+    highest = share.amax((1, 2), keepdim=True)
+    winner = torch.zeros_like(share, dtype=torch.bool).scatter_(0, share.argmax(0)[None], True)
+    return winner & (share > 0) & (share >= cover * highest)

@@ -43,6 +43,8 @@ class SubjectMethod(Method):
             layers.
         keep: share of the shared tokens that are kept, drawn anew at each step.
         bias: added to the logits of the shared tokens; 2.0 lets them count 7 times as much.
+        cover: how much of a token a subject must cover to have it, relative to the token it covers
+            most. Near 1 the tokens at its edge, which hold the background too, are left out.
 
     Raises:
         ConfigError: a value outside its range; while generating, what `read_masks` raises, as many
@@ -61,6 +63,7 @@ class SubjectMethod(Method):
     layers: str = ""
     keep: float = 0.5
     bias: float = 0.0
+    cover: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,8 +73,9 @@ class SubjectMethod(Method):
             raise ConfigError(f"{self.name}: a subject is given twice in {self.subjects!r}")
         if self.references < 0:
             raise ConfigError(f"{self.name}: references is a number of pictures")
-        if not 0.0 <= self.keep <= 1.0:
-            raise ConfigError(f"{self.name}: keep is in [0, 1], got {self.keep}")
+        for name in ("keep", "cover"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{self.name}: {name} is in [0, 1], got {getattr(self, name)}")
         if not math.isfinite(self.bias):
             raise ConfigError(f"{self.name}: bias is a finite number, got {self.bias}")
 
@@ -204,7 +208,8 @@ class SubjectMethod(Method):
 
     def _plans(self, call: AttnCall, memory: Any, shares: bool) -> list[PicturePlan]:
         grid = call.layout.grid[1:]
-        masks = [on_grid(own, *grid) for own in memory.masks] if self.needs_masks() else []
+        masks = memory.masks if self.needs_masks() else []
+        masks = [on_grid(own, *grid, self.cover) for own in masks]
         draw = torch.Generator().manual_seed(SEED + call.run.step)
         plans = [self.plan(i, call, masks, shares, draw) for i in range(memory.pictures)]
         memory.masked = [int(own.sum()) for own in masks]

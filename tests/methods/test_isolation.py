@@ -203,6 +203,7 @@ def test_a_family_whose_keys_nobody_knows_is_refused():
 def test_wrong_settings_are_refused():
     for settings, says in (
         ({"keep": 1.5}, "keep is in"),
+        ({"cover": -0.1}, "cover is in"),
         ({"bias": math.nan}, "bias is a finite number"),
         ({"references": -1}, "references is a number"),
         ({"subjects": "red circle, red+circle"}, "given twice"),

@@ -49,6 +49,9 @@ def test_masks_on_a_grid_are_apart_and_small_ones_stay():
         assert grid.shape == (3, height, width) and grid.any(2).any(1).all()
         assert int(grid.sum(0).max()) == 1
     assert on_grid(masks, 4, 4)[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    disc = (torch.arange(8) - 3.5)[:, None] ** 2 + (torch.arange(8) - 3.5) ** 2 < 12
+    counts = [int(on_grid(disc[None], 4, 4, cover).sum()) for cover in (0.5, 0.9)]
+    assert counts == [12, 4]  # with tokens at the edge, half covered, and without them
     assert not on_grid(torch.zeros(2, 8, 8, dtype=torch.bool), 3, 3).any()
     assert on_grid(masks[:0], 3, 3).shape == (0, 3, 3)
 
