@@ -82,7 +82,7 @@ def story_eval(
     subjects: Annotated[str, typer.Option(help="numbers of subjects")] = "2,3,4",
     set_: Sets = None,
     cost: Annotated[bool, typer.Option(help="also measure 1, 2 and 4 references")] = False,
-    model: Model = "shapes-sd3",
+    model: Model = "shapes-flux-marked",
     steps: Steps = None,
     guidance_scale: Guidance = None,
     device: Device = None,
@@ -94,7 +94,7 @@ def story_eval(
 ) -> None:
     """Measure in the Shapes world whether marks that no prompt names are kept; resumes.
 
-    The model must have been trained on marks (`train FAMILY --marked 0.67 --twins 0.5`). Methods:
+    The model must have been trained on marks (`train FAMILY --marked 0.67`). Methods:
     shared_attention and isolation, with keep=1 unless set otherwise.
     """
     from dittune.config import build_methods
@@ -119,6 +119,11 @@ def story_eval(
     table = tables.summarize(rows)
     document = {"prompts": prompts, "config": vars(resolved), "rows": table}
     text = tables.as_markdown(table)
+    many = [row for row in rows if row.count >= tables.MANY]
+    if 0 < len(many) < len(rows):
+        document["rows_of_many"] = tables.summarize(many)
+        text += f"\nOf {tables.MANY} subjects and more:\n\n"
+        text += tables.as_markdown(document["rows_of_many"])
     if cost:
         document["costs"] = tables.costs(pipeline, compared, **settings)
         text += "\n" + tables.costs_markdown(document["costs"])

@@ -18,6 +18,7 @@ from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.story import with_subjects
 from dittune.pipelines.story_eval import SubjectRow, scene_prompt
 
+MANY = 3  # subjects, from which on they are many
 BINS = (0.0, 0.15, 0.3, 0.45, 1.5)  # of the distance, in sides of the picture
 
 
@@ -29,29 +30,26 @@ def share(rows: Sequence[SubjectRow], what: str) -> dict[str, float]:
 
 
 def summarize(rows: Sequence[SubjectRow]) -> list[dict[str, Any]]:
-    """One row a variant; `kept` is of the subjects whose reference can be read.
+    """One row a variant; `kept` is of all subjects, and those that a reference lacks are not kept.
 
     `difference` and `fused_difference` are to the first variant, `over_second` to the second.
     """
     labels = list(dict.fromkeys(row.variant for row in rows))
     groups = {label: [row for row in rows if row.variant == label] for label in labels}
-    known = {label: [row for row in own if row.readable] for label, own in groups.items()}
     scenes = {label: _scenes(own) for label, own in groups.items()}
     first, second = (*labels, labels[0])[:2]
     table = []
     for label, own in groups.items():
-        readable = known[label]
-        line: dict[str, Any] = {"variant": label, "subjects": len(own)}
-        line["kept"] = share(readable, "kept")
+        line: dict[str, Any] = {"variant": label, "subjects": len(own), "kept": share(own, "kept")}
         for count in sorted({row.count for row in own}):
-            line[f"kept_{count}"] = share([r for r in readable if r.count == count], "kept")
-        line["found"] = share(own, "found")
+            line[f"kept_{count}"] = share([row for row in own if row.count == count], "kept")
+        line |= {name: share(own, name) for name in ("readable", "found")}
         line["difference"] = line["over_second"] = line["fused_difference"] = None
         if label != first:
-            line["difference"] = paired_difference(readable, known[first], "kept")
+            line["difference"] = paired_difference(own, groups[first], "kept")
             line["fused_difference"] = paired_difference(scenes[label], scenes[first], "fused")
         if label not in (first, second):
-            line["over_second"] = paired_difference(readable, known[second], "kept")
+            line["over_second"] = paired_difference(own, groups[second], "kept")
         line["fused_a_scene"] = float(np.mean([row.fused for row in scenes[label]]))
         line["seconds"] = float(np.median([row.seconds for row in scenes[label]]))
         line["peak_mib"] = max(row.peak_mib for row in own)
@@ -90,7 +88,7 @@ def against_distance(rows: Sequence[SubjectRow], labels: Sequence[str], title: s
     """Curves of kept marks against how far the subject is from its place in the reference, SVG."""
     panels = {}
     for label in labels:
-        own = [row for row in rows if row.variant == label and row.readable]
+        own = [row for row in rows if row.variant == label]
         bins = []
         for low, high in itertools.pairwise(BINS):
             near = [row for row in own if low <= row.distance < high]
@@ -98,7 +96,7 @@ def against_distance(rows: Sequence[SubjectRow], labels: Sequence[str], title: s
                 bins.append({"variant": f"d={low:g}+", "success": share(near, "kept")})
         panels[label] = bins
     first = rows[0].variant
-    plain = [row for row in rows if row.variant == first and row.readable]
+    plain = [row for row in rows if row.variant == first]
     return curves.draw(panels, {"variant": first, "success": share(plain, "kept")}, title)
 
 

@@ -2,9 +2,9 @@
 
 A mark is a shade of the colour. Two pictures of one subject must agree in it, which only another
 picture can tell; so marks measure whether a subject stays the same. Things of one kind in one
-picture have one mark, their *twins* (`with_twin`): only from such pictures can a model learn to
-look at another object for what this one should be like. Scenes of `world.py` are all `plain`;
-marks are drawn from a generator of their own.
+picture have one mark, their *twins* (`with_twin`): from such pictures a model can learn to look at
+another object for what this one should be like. Scenes of `world.py` are all `plain`; marks are
+drawn from a generator of their own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Stories: what is made, continued and refused, and what their evaluation reads."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -178,6 +179,9 @@ def test_kept_marks_are_counted(tmp_path):
     assert table["both"]["fused_difference"] == (0.0, 0.0, 0.0)
     fused = table["isolation"]["fused_a_scene"]
     assert table["isolation"]["fused_difference"][0] == fused
+    lost = [replace(row, readable=False, kept=False) for row in rows[-1:]]
+    (line,) = story_table.summarize([row for row in rows if row.variant == "both"][:-1] + lost)
+    assert line["kept"]["share"] == line["readable"]["share"] == 0.9
     text = story_table.as_markdown([*table.values()])
     assert "| both | 10 | 100.0 (72.2 to 100.0) |" in text and "| over shared_attention |" in text
     alone = story_table.as_markdown(story_table.summarize(rows[:2]))
