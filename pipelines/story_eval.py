@@ -163,10 +163,8 @@ class Tale(NamedTuple):
 
     def placed(self, prompt: str) -> str:
         """The prompt with the background of the story."""
-        backgrounds = [*world.BACKGROUNDS]
-        return (
-            f"{prompt} on {world.article(backgrounds[self.number % len(backgrounds)])} background"
-        )
+        names = [*world.BACKGROUNDS]
+        return f"{prompt} on {world.article(names[self.number % len(names)])} background"
 
     def make(
         self, pipeline: Pipeline, methods: Sequence[Method], shown: Sequence[str], settings
