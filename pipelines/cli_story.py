@@ -127,7 +127,9 @@ def story_eval(
     if cost:
         document["costs"] = tables.costs(pipeline, compared, **settings)
         text += "\n" + tables.costs_markdown(document["costs"])
-    curves = tables.against_distance(rows, ["isolation", "both"], "marks kept by distance")
+    curves = tables.against_distance(
+        rows, [evaluation.PLAIN, "isolation", "both"], "marks kept by distance"
+    )
     (out / "distance.svg").write_text(curves, encoding="utf-8")
     (out / "table.md").write_text(text, encoding="utf-8")
     emit(document) if as_json else print(text)
