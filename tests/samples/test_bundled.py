@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import dittune
-from dittune.samples.shapes.score import score
+from dittune.pipelines.arguments import guidance, makes_videos
+from dittune.pipelines.scorers import scorer_for
 
 
 @pytest.mark.parametrize("name", dittune.available_checkpoints())
@@ -28,20 +28,25 @@ def test_it_is_small_and_names_no_machine(name):
 def test_diffusers_alone_loads_and_runs_it(name):
     pipe = DiffusionPipeline.from_pretrained(dittune.checkpoint(name))
     pipe.set_progress_bar_config(disable=True)
-    output = pipe("a red circle", num_inference_steps=1, height=64, width=64)
-    assert output.images[0].size == (64, 64)
+    settings = {"num_inference_steps": 1, "height": 64, "width": 64}
+    if makes_videos(pipe):
+        assert pipe("a red circle", num_frames=9, **settings).frames.shape == (1, 9, 64, 64, 3)
+    else:
+        assert pipe("a red circle", **settings).images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("name", dittune.available_checkpoints())
 def test_it_draws_what_it_is_asked_for(name):
-    pipe = DiffusionPipeline.from_pretrained(dittune.checkpoint(name))
-    pipe.set_progress_bar_config(disable=True)
-    guidance = "true_cfg_scale" if name.startswith("shapes-flux") else "guidance_scale"
-    picture = pipe(
-        prompt := "a red circle", negative_prompt="", num_inference_steps=10, height=64, width=64,
-        generator=torch.Generator().manual_seed(0), **{guidance: 3.5},
-    ).images[0]  # fmt: skip
-    assert score(np.asarray(picture.convert("RGB")), prompt).success
+    pipeline = dittune.Pipeline.from_pretrained(name)
+    scorer = scorer_for(pipeline.pipe)
+    settings = {"num_inference_steps": 10, "height": 64, "width": 64}
+    if scorer.modality == "video":
+        prompt, settings["num_frames"] = "a red circle moving right", 9
+    else:
+        prompt = "a red circle"
+    settings |= guidance(pipeline.pipe, 3.5)
+    (made,) = pipeline(prompt, seed=0, **settings).images
+    assert scorer.judge(made, prompt).success
 
 
 def test_the_first_example_of_the_readme():

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 
 import dittune
@@ -151,6 +153,22 @@ def test_a_pipeline_computes_what_training_computed(family, work, tmp_path):
     assert (other - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["none", "number", "bool", "causal"])
+def test_attention_of_the_training_is_that_of_pytorch(kind):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (5, 7, 7))
+    mask = {"number": torch.randn(1, 1, 1, 7), "bool": torch.rand(2, 1, 5, 7) > 0.4}.get(kind)
+    settings = {"attn_mask": mask, "is_causal": kind == "causal", "scale": 0.7}
+    if kind == "number":
+        mask = settings["attn_mask"] = mask.double()
+    core = F.scaled_dot_product_attention
+    wanted = core(query, key, value, **settings)
+    with train_denoiser.written_out_attention():
+        found = F.scaled_dot_product_attention(query, key, value, **settings)
+    assert F.scaled_dot_product_attention is core
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)  # its softmax is in float32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].compiles])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch itself
@@ -167,8 +185,8 @@ def test_compiled_bf16_gradients_are_as_good_as_eager_ones(family, work):
 
     def gradient(forward, enabled):
         bundle.zero_grad(set_to_none=True)
-        precise = train_denoiser.Float32Attention()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), precise:
+        core = train_denoiser.written_out_attention() if enabled else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), core:
             prediction, logits = forward(*inputs)
         error = (prediction.float() - target).square().mean()
         (error + 0.2 * train_denoiser.label_loss(logits, labels)).backward()
