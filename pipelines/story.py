@@ -121,7 +121,7 @@ class Story:
                 left.append(k)
                 continue
             record = read_record(path)
-            same = (k, prompt, self._seed(k)) in done and record.get("config") == self.settings
+            same = (k, prompt, self.seed_of(k)) in done and record.get("config") == self.settings
             if not same or record.get("weights") != self.weights:
                 raise ConfigError(f"{path} was made with other settings; choose another --out")
         return left
@@ -140,7 +140,8 @@ class Story:
         if todo:
             self._sheet()
 
-    def _seed(self, scene: int) -> int:
+    def seed_of(self, scene: int) -> int:
+        """The seed of a scene."""
         return self.config.seed + len(self.subjects) + scene
 
     def _make(self, pipeline: Pipeline, methods, subjects: Sequence[str], scene: int | None):
@@ -150,7 +151,7 @@ class Story:
         seeds = [self.config.seed + self.subjects.index(subject) for subject in subjects]
         if scene is not None:
             prompts, seeds = (
-                [*prompts, self.config.prompts[scene]], [*seeds, self._seed(scene)],
+                [*prompts, self.config.prompts[scene]], [*seeds, self.seed_of(scene)],
             )  # fmt: skip
         settings = call_settings(pipeline.pipe, self.config)
         return pipeline(prompts, seed=seeds, progress=False, **settings)
@@ -176,7 +177,7 @@ class Story:
         result = self._make(pipeline, with_subjects(methods, subjects, masks), subjects, k)
         image = result.images[-1]
         row = SceneRow(
-            k, prompt, self._seed(k), ", ".join(subjects), self.path("scene", k).name,
+            k, prompt, self.seed_of(k), ", ".join(subjects), self.path("scene", k).name,
             result.record["seconds"],
         )  # fmt: skip
         record = self._record(prompt, row.seed, image) | {"report": result.record["report"]}

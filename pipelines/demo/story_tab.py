@@ -59,13 +59,14 @@ class StoryTab:
             with gr.Column(scale=3, min_width=320):
                 self.line = gr.HTML(status.IDLE)
                 self.references = strip("References", 4)
-                self.pictures = strip("Scenes", 2)
+                self.plain = strip("Scenes without references", 2)
+                self.pictures = strip("Scenes with them", 2)
                 self.repeat = Repeat()
         running = self.buttons.start.click(
             self.tell,
             [model, self.subjects, self.scenes, self.masks, self.seed, self.picker.choice,
              *self.call.components, *self.picker.components],
-            [self.line, self.references, self.pictures, *self.repeat.components],
+            [self.line, self.references, self.plain, self.pictures, *self.repeat.components],
             api_name="story", show_progress="minimal", show_progress_on=self.line, **LANE,
         )  # fmt: skip
         self.buttons.wire(studio, self.line, [running])
@@ -100,6 +101,7 @@ class StoryTab:
             return {
                 self.line: status.done(f"{len(told.scenes)} scenes of {len(named)} subjects."),
                 self.references: told.references,
+                self.plain: told.plain,
                 self.pictures: told.scenes,
                 **self.repeat.show(
                     story_command(told.config, named, masks), told.config,

@@ -62,10 +62,15 @@ class Look:
 
 @dataclass(frozen=True)
 class Told:
-    """A story: its pictures with their prompts, and all of them on one sheet."""
+    """A story: its pictures with their prompts, and all of them on one sheet.
+
+    Attributes:
+        plain: the scenes of the same seeds without methods and references.
+    """
 
     config: RunConfig
     references: list[tuple[str, str]]
+    plain: list[tuple[str, str]]
     scenes: list[tuple[str, str]]
     sheet: Path
 
@@ -138,21 +143,27 @@ def with_heads(config: RunConfig, heads: str, u: float, scale: float) -> RunConf
 def tell_story(
     studio: Studio, watch: Watch, config: RunConfig, subjects: Sequence[str], masks: str
 ) -> Told:
-    """Make the references and scenes of a story."""
+    """Make the references and scenes of a story, and each scene without both."""
     check_limits(config)
     folder = studio.new_folder()
     story = Story(config, subjects, masks, folder)
+    plain, count = [], len(config.prompts)
     with studio.lend(config.model, watch) as pipeline:
+        for k, prompt in enumerate(config.prompts):
+            _tell(pipeline, f"Scene {k + 1} of {count} alone", k / count / 3, (k + 1) / count / 3)
+            alone = dataclasses.replace(
+                config, prompts=[prompt], methods={}, seed=story.seed_of(k), num_images=1
+            )
+            plain.append((str(_make(pipeline, alone, [], folder / f"plain-{k}", ".png")), prompt))
         pipeline.methods = _methods(config, folder)
-        count = len(config.prompts)
-        _tell(pipeline, "References", 0.0, 1 / (count + 1))
+        _tell(pipeline, "References", 1 / 3, 1 / 2)
         for k, _ in enumerate(story.run(pipeline), start=1):
-            _tell(pipeline, f"Scene {k + 1} of {count}", k / count, (k + 1) / count)
+            _tell(pipeline, f"Scene {k + 1} of {count}", *((1 + x / count) / 2 for x in (k, k + 1)))
     references, scenes = (
         [(str(story.path(name, i)), text) for i, text in enumerate(texts)]
         for name, texts in (("reference", subjects), ("scene", config.prompts))
     )
-    return Told(config, references, scenes, folder / "story.png")
+    return Told(config, references, plain, scenes, folder / "story.png")
 
 
 def words_of(prompt: str) -> str:

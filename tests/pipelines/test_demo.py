@@ -249,6 +249,11 @@ def test_a_story_is_told_and_repeated(tabs, model, tmp_path, monkeypatch):
     )
     assert len(last(updates, tab.references)) == 2
     shown = [Path(path) for path, _ in last(updates, tab.pictures)]
+    plain = [Path(path) for path, _ in last(updates, tab.plain)]
+    for scene, alone in zip(shown, plain, strict=True):
+        said, plainly = read_record(scene), read_record(alone)
+        assert (said["seed"], said["prompt"]) == (plainly["seed"], plainly["prompt"])
+        assert not plainly["config"]["methods"] and scene.read_bytes() != alone.read_bytes()
     folder = tmp_path / "command"
     folder.mkdir()
     made = repeated(last(updates, tab.repeat.command), folder, "story", monkeypatch)
