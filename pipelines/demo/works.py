@@ -151,9 +151,7 @@ def tell_story(
     with studio.lend(config.model, watch) as pipeline:
         for k, prompt in enumerate(config.prompts):
             _tell(pipeline, f"Scene {k + 1} of {count} alone", k / count / 3, (k + 1) / count / 3)
-            alone = dataclasses.replace(
-                config, prompts=[prompt], methods={}, seed=story.seed_of(k), num_images=1
-            )
+            alone = dataclasses.replace(config, prompts=[prompt], methods={}, seed=story.seed_of(k))
             plain.append((str(_make(pipeline, alone, [], folder / f"plain-{k}", ".png")), prompt))
         pipeline.methods = _methods(config, folder)
         _tell(pipeline, "References", 1 / 3, 1 / 2)

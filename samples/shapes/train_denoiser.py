@@ -67,7 +67,9 @@ def written_out_attention() -> Iterator[None]:
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> torch.Tensor:
-    """`F.scaled_dot_product_attention` without dropout; the softmax is in float32."""
+    """`F.scaled_dot_product_attention` with its softmax in float32."""
+    if dropout_p or enable_gqa:
+        raise NotImplementedError("attention written out has no dropout and no grouped heads")
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = (scores @ key.transpose(-1, -2)).float()
     if is_causal:
