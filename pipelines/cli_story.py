@@ -101,7 +101,9 @@ def story_eval(
     from dittune.pipelines import story_eval as evaluation
     from dittune.pipelines import story_table as tables
     from dittune.pipelines.arguments import call_settings
+    from dittune.pipelines.loading import fingerprint
     from dittune.pipelines.pipeline import Pipeline
+    from dittune.pipelines.row_log import claim
 
     flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype}
@@ -115,6 +117,9 @@ def story_eval(
         resolved.model, device=resolved.device, dtype=resolved.dtype
     )
     settings = call_settings(pipeline.pipe, resolved)
+    about = {"model": resolved.model, "weights": fingerprint(resolved.model)}
+    about |= {f"variant {label}": repr(methods) for label, methods in compared.items()}
+    claim(out / "subjects.csv", about | {"pipeline": settings})
     rows = evaluation.evaluate_stories(pipeline, compared, told, out, **settings)
     table = tables.summarize(rows)
     document = {"prompts": prompts, "config": vars(resolved), "rows": table}

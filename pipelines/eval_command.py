@@ -18,7 +18,9 @@ from dittune.pipelines.arguments import call_settings, check_numbers
 from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
+from dittune.pipelines.loading import fingerprint
 from dittune.pipelines.pipeline import Pipeline, public_name
+from dittune.pipelines.row_log import claim
 from dittune.pipelines.scorers import scorer_for
 from dittune.pipelines.team import Team
 
@@ -74,6 +76,12 @@ def eval_command(
     for variant in variants:  # what the model refuses, before the first picture is made
         with attach(pipeline.pipe, *variant.methods):
             pass
+    settings = call_settings(pipeline.pipe, config)
+    if team.rank == 0:
+        about = {"model": config.model, "weights": fingerprint(config.model)}
+        about |= {"objective": objective, "pipeline": settings}
+        about |= {f"variant {v.label}": repr(v) for v in variants}
+        claim(out / "images.csv", about)
     scores = evaluate(
         pipeline,
         variants,
@@ -83,7 +91,7 @@ def eval_command(
         batch,
         objective=judge,
         scorer=scorer,
-        **call_settings(pipeline.pipe, config),
+        **settings,
     )
     if team.rank > 0:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,27 @@ class RowLog:
             writer.writerows(vars(row) for row in rows)
             file.flush()
             os.fsync(file.fileno())
+
+
+def claim(log: Path, settings: Mapping[str, Any]) -> None:
+    """Write beside a log what its rows were made with, so that rows made otherwise never join them.
+
+    Args:
+        log: its settings are in the JSON file of the same name; the folder is made.
+        settings: by name, written as JSON. Names that were not there before are added.
+
+    Raises:
+        ConfigError: a setting was another one before.
+    """
+    path = log.with_suffix(".json")
+    there = log.exists() and path.exists()  # without rows nothing is held to its settings
+    known = json.loads(path.read_text(encoding="utf-8")) if there else {}
+    given = json.loads(json.dumps(settings))
+    changed = [name for name in given if name in known and known[name] != given[name]]
+    if changed:
+        raise ConfigError(
+            f"{log} was made with other settings ({', '.join(changed)}); choose another --out, or "
+            f"remove it together with {path.name}"
+        )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known | given, indent=2), encoding="utf-8")

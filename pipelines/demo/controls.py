@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 import dittune
-from dittune.config import resolve
+from dittune.config import preset, resolve
 from dittune.pipelines.settings import Setting, settings_of
 
 NONE = "none"
@@ -111,3 +111,8 @@ class MethodPicker:
 def defaults(model: str, method: str) -> dict[str, Any]:
     """Settings of a method as the preset of a model recommends them."""
     return resolve({"model": model}, [method]).methods[method]
+
+
+def method_of(model: str) -> str | None:
+    """The first method that the preset of a model has settings for."""
+    return next(iter(preset(model).get("methods") or {}), None)

@@ -8,9 +8,9 @@ from pathlib import Path
 import gradio as gr
 
 import dittune
-from dittune.config import preset, preset_files
+from dittune.config import preset_files
 from dittune.pipelines.demo import status
-from dittune.pipelines.demo.controls import NONE, defaults
+from dittune.pipelines.demo.controls import NONE, defaults, method_of
 from dittune.pipelines.demo.generate_tab import PROMPT, SEED, GenerateTab, picture, verdict
 from dittune.pipelines.demo.parts import (
     LANE,
@@ -98,11 +98,6 @@ class GalleryTab:
             )  # fmt: skip
 
         return show
-
-
-def method_of(name: str) -> str | None:
-    """The first method a preset has settings for."""
-    return next(iter(preset(name).get("methods") or {}), None)
 
 
 def missing(studio: Studio, name: str) -> str:

@@ -54,7 +54,11 @@ CSS = """
   border-radius: 6px; padding: 1em
 }
 """
-CRISP = ".picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}"
+CRISP = """
+.picture img, .picture video {
+  image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain
+}
+"""
 SMALL = 256  # pixels a side; such pictures are enlarged without blur
 
 

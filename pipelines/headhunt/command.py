@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,8 +17,9 @@ from dittune.pipelines.evaluate import load_prompts, with_seeds
 from dittune.pipelines.headhunt import heat_map
 from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_objective
 from dittune.pipelines.headhunt.search import Found, Search, Trial, hunt
+from dittune.pipelines.loading import fingerprint
 from dittune.pipelines.pipeline import Pipeline
-from dittune.pipelines.row_log import RowLog
+from dittune.pipelines.row_log import RowLog, claim
 from dittune.pipelines.scorers import Scorer, scorer_for
 from dittune.pipelines.team import Team
 
@@ -69,13 +69,15 @@ def headhunt_command(
     )
     identity = {
         "model": config.model,
+        "weights": fingerprint(config.model),
         "objective": objective,
         "objective_model": objective_model,
         "method": method,
         "pipeline": settings,
     }
-    if team.rank == 0:
-        _claim(out, identity)
+    log = out.with_suffix(".csv")
+    if team.rank == 0:  # scores of two searches would not compare
+        claim(log, identity)
     judge = load_objective(objective, objective_model, str(pipeline.pipe.device))
     heads = head_pool(pipeline, method.get("kind", ""))
     if rounds * per_round > len(heads):
@@ -84,7 +86,6 @@ def headhunt_command(
             f"{config.model} has {len(heads)}"
         )
     pairs = with_seeds(texts, seeds)
-    log = out.with_suffix(".csv")
     found, plain = hunt(pipeline, judge, heads, pairs, search, log, team)
     if team.rank > 0:
         return None
@@ -118,18 +119,6 @@ def _prompts(prompts: str, limit: int | None, objective: str, scorer: Scorer) ->
     if not texts:
         raise ConfigError(f"{prompts} holds no prompt")
     return texts
-
-
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """A file of trials belongs to one search: scores of two would not compare."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path, text = out.with_suffix(".search.json"), json.dumps(identity, indent=2)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ConfigError(
-            f"{path} belongs to a search with other settings; give another --out, or remove it "
-            f"together with {out.with_suffix('.csv')}"
-        )
-    path.write_text(text, encoding="utf-8")
 
 
 def _joined(found: Sequence[Found]) -> str:

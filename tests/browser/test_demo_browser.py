@@ -22,7 +22,7 @@ from dittune.pipelines.demo.studio import Studio  # noqa: E402
 from tests.gradio_warnings import IGNORED  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, IGNORED]
-MODELS = ("shapes-sd3", "shapes-flux", "shapes-sd")  # of pictures; no video model is the point
+MODELS = ("shapes-sd3", "shapes-flux", "shapes-sd", "shapes-wan")
 SHOTS = os.environ.get("DITTUNE_SCREENSHOTS")
 PATIENCE = 120_000  # milliseconds, for a machine that does other things too
 
@@ -195,9 +195,17 @@ def test_a_story(page):
     shoot(page, "story")
 
 
-def test_no_video_model_is_said(page):
+def test_a_video_is_filmed(page):
     open_tab(page, "Video")
-    visible(page, "No video model here")
+    press(page, "Film")
+    visible(page, re.compile(r"Done in .* seed \d+\."))
+    visible(page, "dittune video")
+    players = page.locator("video").locator("visible=true")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('video')].filter(v => v.videoWidth === 64).length > 1"
+    )
+    before, after = (players.nth(i).get_attribute("src") for i in range(2))
+    assert before != after
     shoot(page, "video")
 
 

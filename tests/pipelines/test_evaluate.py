@@ -169,6 +169,25 @@ def test_the_command(saved, tmp_path, capsys):
     assert "| pag |" in (tmp_path / "table.md").read_text()
 
 
+def test_a_folder_belongs_to_its_settings(saved, tmp_path, capsys):
+    words = ["eval", "--model", str(saved), "--limit", "2", "--out", str(tmp_path)]
+    words += ["--method", "none", "--method", "softpag", "--set", "softpag.heads=0:*"]
+
+    def code(*more):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, *more])
+        return stop.value.code, capsys.readouterr().err
+
+    assert code("--steps", "1")[0] == 0
+    found, said = code("--steps", "2")
+    assert found == 2 and "made with other settings (pipeline); choose another --out" in said
+    found, said = code("--steps", "1", "--set", "softpag.u=0.5")
+    assert found == 2 and "(variant softpag)" in said
+    assert code("--steps", "1", "--method", "more=softpag", "--set", "more.heads=0:1")[0] == 0
+    variants = [row.variant for row in RowLog(tmp_path / "images.csv", ImageScore).read()]
+    assert variants == ["none"] * 2 + ["softpag"] * 2 + ["more"] * 2
+
+
 def test_what_the_model_refuses_is_refused_before_the_first_picture(saved, tmp_path, capsys):
     words = ["eval", "--model", str(saved), "--prompts", "val", "--limit", "2", "--steps", "1"]
     words += ["--method", "none", "--method", "natten", "--set", "natten.dense_layers=9"]

@@ -317,7 +317,7 @@ def test_the_result_is_a_configuration(saved, tmp_path, capsys):
     document = json.loads(capsys.readouterr().out.split("\n", 1)[1])
     assert [head["head"] for head in document["heads"]] == heads
     assert run(arguments(saved, out, **{"--set": "softpag.scale=3"})) == 2
-    assert "belongs to a search with other settings" in capsys.readouterr().err
+    assert "was made with other settings (method)" in capsys.readouterr().err
     assert run(arguments(saved, tmp_path / "more.yaml", **{"--rounds": 7})) == 2
     assert "7 rounds of 1 heads need 7 heads" in capsys.readouterr().err
 
