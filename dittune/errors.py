@@ -18,7 +18,7 @@ class SeamError(DittuneError):
 
 
 class SelectionError(DittuneError, ValueError):
-    """A layer, head or site that the model does not have."""
+    """A layer, head or site that the model does not have, or methods that cannot act together."""
 
 
 class ConfigError(DittuneError, ValueError):

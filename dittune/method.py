@@ -28,7 +28,11 @@ class Method:
     start: float = 0.0
     stop: float = 1.0
 
+    # What a method does that others must know of; `together.py` says why.
     replaces_attention: ClassVar[bool] = False  # at most one such method may act at a site
+    weighs_words: ClassVar[bool] = False  # has its own core for the attention to words
+    chooses_keys: ClassVar[bool] = False  # what follows sees single pictures and chosen keys
+    merges_text: ClassVar[bool] = False  # what follows sees fewer words
     changes_latents: ClassVar[bool] = False  # before a step, through `run.latents`
 
     def __post_init__(self) -> None:
@@ -47,6 +51,11 @@ class Method:
     def is_neutral(self) -> bool:
         """True if these settings change nothing; the method is then not installed at all."""
         return self.start == self.stop
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether the denoiser is called for pictures that nobody asked for."""
+        return False
 
     def acts_at(self, step: int, num_steps: int) -> bool:
         """Whether step `step` (from 0) of `num_steps` is inside `start`..`stop`."""

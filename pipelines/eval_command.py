@@ -64,7 +64,7 @@ def eval_command(
     swept = {sweep: _sweep(sweep, config) for sweep in sweeps}
     variants += [variant for group in swept.values() for variant in group]
     if merge_padding:
-        variants = [replace(v, methods=(MergePadding(), *v.methods)) for v in variants]
+        variants = [_merged(variant) for variant in variants]
     judge = load_objective(objective) if objective else None
     team = Team()
     device = team.device(config.device)
@@ -132,6 +132,12 @@ def eval_command(
 def without_guidance(label: str) -> str:
     """`LABEL` of `LABEL@G`."""
     return label.partition("@")[0]
+
+
+def _merged(variant: Variant) -> Variant:
+    """The variant with `merge_padding` at the place it must have."""
+    methods = sorted((MergePadding(), *variant.methods), key=lambda m: not m.weighs_words)
+    return replace(variant, methods=tuple(methods))
 
 
 def _variant(label: str, built: dict) -> Variant:

@@ -185,6 +185,19 @@ def test_each_method_has_a_page_with_all_its_settings():
     assert described(dittune.Method).keys() == {"start", "stop"}
 
 
+@pytest.mark.parametrize("name", dittune.available_methods())
+def test_each_method_is_listed(name):
+    assert f"methods/{name}.md" in (ROOT / "mkdocs.yml").read_text()
+    assert f"| `{name}` |" in (ROOT / "README.md").read_text()
+
+
+def test_public_names_are_in_the_reference():
+    text = (ROOT / "docs" / "api.md").read_text()
+    documented = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith(":::")}
+    assert "errors" in documented  # as a module
+    assert set(dittune.__all__) - documented == {"__version__", "DittuneError"}
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=titled)
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)", page.read_text())

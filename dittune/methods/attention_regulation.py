@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -59,7 +59,7 @@ class AttentionRegulation(Method):
 
     Raises:
         ConfigError: a value outside its range; while generating, a word that is not in the prompt,
-            no prompt at all, or a method before this one that has its own attention core.
+            or no prompt at all.
         SelectionError: at `attach`, no attention to text, or layers the model does not have.
 
     Differs: starts at equal weights, not at random ones, and at the first step from its own
@@ -67,6 +67,8 @@ class AttentionRegulation(Method):
     site; bumps fit any grid, and the rate of descent goes with their number. A word of several
     tokens has the sum of its maps.
     """
+
+    weighs_words: ClassVar[bool] = True
 
     concepts: str = ""
     scale: float = 1.0
@@ -106,7 +108,7 @@ class AttentionRegulation(Method):
         return model(inputs)
 
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
-        return with_core(self.name, self._core, call, proceed)
+        return with_core(self._core, call, proceed)
 
     @torch.compiler.disable  # a descent inside
     def _core(self, core: Callable[[AttnCall], torch.Tensor], call: AttnCall) -> torch.Tensor:

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,7 +29,8 @@ COUNTING = ("encoder_attention_mask", "encoder_hidden_states_image")  # by token
 class MergePadding(Method):
     """Merge the equal tokens at the end of the text; exact up to rounding.
 
-    List it first, so that the methods after it see the shorter text. Where the last tokens differ
+    List it first, but after `attention_regulation` and `reweight`: methods after it see the shorter
+    text. Where the last tokens differ
     it does nothing. Not exact beside softpag's `mean_query` over all rows and its `cols="image"`,
     which count the merged token once.
 
@@ -37,6 +38,8 @@ class MergePadding(Method):
         ConfigError: while generating, if the model masks its attention already, or splits its text
             by a fixed length (Wan's image to video).
     """
+
+    merges_text: ClassVar[bool] = True
 
     def sites(self, available: Sequence[Site]) -> Sequence[Site]:
         return [site for site in available if site.kind in ("joint", "cross")]

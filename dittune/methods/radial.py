@@ -28,7 +28,8 @@ class Radial(SparseMethod):
     `start=0.25`.
 
     Args:
-        decay: factor on the width of the bands, above 0, at most 1; below 0.2 nothing changes.
+        decay: factor on the width of the bands, above 0, at most 1; no band gets narrower than a
+            block.
         sink: whether all tokens see the first frame; None is yes where the text is not part of the
             sequence (Wan), as published.
         block: tokens of a block's side, and the least half-width of a band. Where a frame has fewer

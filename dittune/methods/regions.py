@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -43,6 +44,8 @@ class Regions(Method):
     List it after methods that perturb attention: what follows it sees chosen keys only. The pooled
     text and tokens without words (start, end, padding) still know the whole prompt.
     """
+
+    chooses_keys: ClassVar[bool] = True
 
     regions: str = ""
     scale: float = 0.5

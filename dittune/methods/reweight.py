@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -33,11 +34,13 @@ class Reweight(Method):
 
     Raises:
         ConfigError: weights that cannot be read; while generating, a word that is not in the
-            prompt, no prompt at all, or a method before this one that has its own attention core.
+            prompt, or no prompt at all.
         SelectionError: at `attach`, no attention to text.
 
     Differs: in joint attention the other words see a word as before.
     """
+
+    weighs_words: ClassVar[bool] = True
 
     weights: str = ""
 
@@ -68,7 +71,7 @@ class Reweight(Method):
         return model(inputs)
 
     def attend(self, call: AttnCall, proceed: Callable[[AttnCall], torch.Tensor]) -> torch.Tensor:
-        return with_core(self.name, self._core, call, proceed)
+        return with_core(self._core, call, proceed)
 
     def _core(self, core: Callable[[AttnCall], torch.Tensor], call: AttnCall) -> torch.Tensor:
         """The model's attention core, with the words' values multiplied for the image rows."""

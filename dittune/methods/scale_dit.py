@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from dittune.call import AttnCall, Role, TokenLayout
 from dittune.errors import ConfigError
@@ -43,7 +44,7 @@ class ScaleDiT(SparseMethod):
     Raises:
         ConfigError: a window that is no multiple of the factor; while generating, sides in tokens
             that are not, a denoiser without its pipeline, pictures made under a mask, or a method
-            before this one that computes some heads apart.
+            beside it that computes some heads apart.
 
     Differs: no LoRA for the small picture; the published one is trained with it. Models without
     rotary positions (SD3, UNets) see the small picture at its own positions. It starts from the
@@ -62,6 +63,10 @@ class ScaleDiT(SparseMethod):
                 "scale_dit: factor is at least 2 and window a multiple of it, got "
                 f"factor {self.factor}, window {self.window}"
             )
+
+    @property
+    def makes_pictures(self) -> bool:
+        return self.guide
 
     def plan(self, place: Place) -> Plan:
         grid, reach = place.layout.grid, self.window // 2
@@ -182,7 +187,8 @@ class ScaleDiT(SparseMethod):
             kept[call.site.name] = image.key[rows], image.value[rows]
         ready = _near(call.layout.grid, call.site.heads, call.key.device, self.backend)
         if ready.backend == "plain":
-            out = call.core(image._replace(options=_unmasked(call.options)))
+            tensors, scale = (image.query, image.key, image.value), call.options.get("scale")
+            out = scaled_dot_product_attention(*tensors, scale=scale)
         else:
             out = ready(image, call.options.get("scale"))
         # What the text does in this pass is not seen by anyone.
@@ -195,8 +201,8 @@ class ScaleDiT(SparseMethod):
         pairs = [kept[_name(role)][call.site.name] for role in call.roles]
         key, value = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         if key.shape[1] != call.key.shape[1]:
-            raise ConfigError("scale_dit: list it before methods that compute some heads apart, or "
-                              "set guide=False")  # fmt: skip
+            raise ConfigError("scale_dit: another method computes some heads apart; set "
+                              "guide=False beside it")  # fmt: skip
         return call._replace(
             key=torch.cat([call.key, key], 2), value=torch.cat([call.value, value], 2)
         )
@@ -223,7 +229,3 @@ def _grid(inputs: ModelInputs) -> tuple[int, int]:
 
 def _name(role: Role) -> str | int:
     return role if isinstance(role, str) else id(role)
-
-
-def _unmasked(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k != "attn_mask"}

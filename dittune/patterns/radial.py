@@ -28,7 +28,7 @@ class Radial(Pattern):
 
     Attributes:
         grid: `(frames, height, width)` in tokens.
-        decay: factor on the width of the bands, above 0, at most 1. Below 0.2 nothing changes.
+        decay: factor on the width of the bands, above 0, at most 1.
         least: least half-width of a band in tokens; the block size, as published.
         sink: all tokens see the first frame (Wan; not HunyuanVideo).
 

@@ -55,8 +55,7 @@ class CoreMethod(Method):
         dense_layers: layers that stay as they are, such as `0,3-5`; the others are changed.
 
     Raises:
-        ConfigError: layers that cannot be read; while generating, another method before this one
-            that changes the attention core.
+        ConfigError: layers that cannot be read.
         SelectionError: at `attach`, no attention among image tokens.
     """
 
@@ -89,10 +88,6 @@ class CoreMethod(Method):
         return [site for site in found if site.layer not in dense]
 
     def attend(self, call: AttnCall, proceed: Core) -> torch.Tensor:
-        if isinstance(call.core, functools.partial) and call.repeats == 1:
-            raise ConfigError(
-                f"{self.name}: a method before it changes the attention core too; only one can"
-            )
         return proceed(call._replace(core=functools.partial(self._core, call.core, call.state)))
 
     def _core(self, stock: Core, state: Any, call: AttnCall) -> torch.Tensor:

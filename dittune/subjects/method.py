@@ -55,6 +55,7 @@ class SubjectMethod(Method):
     other methods, are left alone. List these methods last: what follows them sees chosen keys only.
     """
 
+    chooses_keys: ClassVar[bool] = True
     masks_of_targets: ClassVar[bool] = True  # whether it must be known where subjects are in them
 
     subjects: str = ""

@@ -96,6 +96,6 @@ def test_what_it_refuses():
     apart = dittune.SoftPAG(heads="1:0", u=0.5, perturbation="temperature")
     with (
         dittune.attach(pipe, apart, scale_dit()),
-        pytest.raises(ConfigError, match="before methods that compute some heads apart"),
+        pytest.raises(ConfigError, match="another method computes some heads apart"),
     ):
         latents(pipe)

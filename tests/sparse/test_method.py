@@ -215,12 +215,6 @@ def test_what_it_refuses():
     pipe = sd3()
     with pytest.raises(SelectionError, match="layer 9"):
         dittune.attach(pipe, dittune.Clear(dense_layers="9"))
-    method = dittune.AttentionRegulation(concepts="red+circle")
-    with (
-        dittune.attach(pipe, method, dittune.Clear(radius=2)),
-        pytest.raises(ConfigError, match="changes the attention core too"),
-    ):
-        latents(pipe)
     with (
         dittune.attach(pipe, dittune.Clear(radius=2, backend="triton")),
         pytest.raises(RuntimeError, match="'triton' cannot run"),

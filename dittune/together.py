@@ -1,0 +1,53 @@
+"""Which methods can act in one generation, and in which order they are listed.
+
+The first method is the outermost: it sees a call of attention as the model makes it, the next ones
+what it proceeds with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from dittune.errors import SelectionError
+from dittune.method import Method
+
+
+def check_together(methods: Sequence[Method]) -> None:
+    """Refuse methods that would fail beside each other, or silently do nothing.
+
+    Args:
+        methods: that act, in their order.
+
+    Raises:
+        SelectionError: two cannot be together, or one must be listed before the other.
+    """
+    for first, second in combinations(methods, 2):
+        if why := _apart(first, second) or _apart(second, first):
+            raise SelectionError(f"{first.name} and {second.name} cannot act together: {why}")
+        if why := _other_order(first, second):
+            raise SelectionError(f"list {second.name} before {first.name}: {why}")
+
+
+def _apart(one: Method, other: Method) -> str:
+    """Why two methods cannot be in use together, "" if they can or if the other way round says."""
+    if one.weighs_words and (other.weighs_words or other.replaces_attention):
+        return "each has its own core of attention"
+    if one.weighs_words and other.chooses_keys:
+        return f"{one.name} needs all words of all pictures, {other.name} leaves some out"
+    if one.chooses_keys and other.chooses_keys:
+        return "each chooses the keys that a picture sees"
+    if one.makes_pictures and (other.chooses_keys or other.changes_latents):
+        return f"{one.name} makes another picture first, of which {other.name} does not know"
+    return ""
+
+
+def _other_order(first: Method, second: Method) -> str:
+    """Why the second method must be listed before the first."""
+    if first.merges_text and second.weighs_words:
+        return f"what follows {first.name} does not see all words"
+    if first.replaces_attention and second.merges_text:
+        return f"{first.name} must see the text as it will be"
+    if first.chooses_keys and not second.merges_text:
+        return f"what follows {first.name} sees chosen keys of single pictures only"
+    return ""

@@ -1,0 +1,73 @@
+"""Two methods in one generation: they both act, or are refused before anything is made."""
+
+from itertools import permutations
+
+import pytest
+
+import dittune
+from dittune.errors import ConfigError, SelectionError
+from dittune.together import check_together
+from tests.test_contract import ACTIVE, PAIR
+from tests.tiny import latents, sd3
+
+CORES = {"natten", "clear", "scale_dit", "sparsed"}
+LAST = {"regions", "shared_attention", "isolation"}
+WORDS = {"attention_regulation", "reweight"}
+GRADIENTS = {"a_star", "attend_and_excite", "conform"}
+NEVER = [CORES, LAST, WORDS]  # two of one of them
+NEVER_BOTH = [(WORDS, CORES | LAST), ({"scale_dit"}, LAST | GRADIENTS), ({"softpag"}, {"sparsed"})]
+PICTURES = [name for name in dittune.available_methods() if name not in ("radial", "vmoba")]
+
+
+def made(name):
+    chosen = {"isolation": 1}.get(name, 0)
+    return dittune.load_method(name)(**(ACTIVE[name][chosen] if ACTIVE[name] else {}))
+
+
+def are_apart(first, second):
+    pair = {first, second}
+    return any(pair <= group for group in NEVER) or any(
+        (first in one and second in other) or (first in other and second in one)
+        for one, other in NEVER_BOTH
+    )
+
+
+def is_wrong_order(first, second):
+    return (
+        (first in LAST and second != "merge_padding")
+        or (first == "merge_padding" and second in WORDS)
+        or (first in CORES and second == "merge_padding")
+        or (first, second) == ("scale_dit", "softpag")
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [*permutations(PICTURES, 2)])
+def test_they_act_together_or_are_refused(first, second, pipe):
+    methods = made(first), made(second)
+    if are_apart(first, second) or is_wrong_order(first, second):
+        with (
+            pytest.raises((ConfigError, SelectionError)) as told,
+            dittune.attach(pipe, *methods),
+        ):
+            latents(pipe, PAIR, steps=3)
+        assert {first, second} & set(str(told.value).replace(":", "").split())
+        return
+    with dittune.attach(pipe, *methods):
+        both = latents(pipe, PAIR, steps=3)
+    for alone, other in (methods, methods[::-1]):
+        if other.name != "merge_padding":  # changes no picture
+            with dittune.attach(pipe, alone):
+                assert not both.equal(latents(pipe, PAIR, steps=3))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return sd3()
+
+
+def test_the_message_says_what_to_do():
+    with pytest.raises(SelectionError, match="list natten before isolation: what follows"):
+        check_together([made("isolation"), made("natten")])
+    with pytest.raises(SelectionError, match="regions and isolation cannot act together: each"):
+        check_together([made("regions"), made("isolation")])
+    check_together([made("merge_padding"), made("natten"), made("isolation")])
