@@ -25,7 +25,7 @@ from dittune.errors import ConfigError
 from dittune.method import Method
 from dittune.pipelines.arguments import guidance, read_lines
 from dittune.pipelines.headhunt.objectives import Objective
-from dittune.pipelines.media import grid
+from dittune.pipelines.media import table
 from dittune.pipelines.pipeline import Pipeline, Result
 from dittune.pipelines.row_log import RowLog
 from dittune.pipelines.scorers import PICTURES, Scorer
@@ -239,5 +239,4 @@ def _write_grid(pipeline, variants, wanted, out: Path, scorer, settings) -> None
     for variant in variants:
         made = _make(pipeline, variant, chosen, seeds, settings).images
         pictures += [scorer.show(image) for image in made]
-    labels = [f"{v.label}: {p}" for v in variants for p in chosen]
-    grid(pictures, columns=len(chosen), labels=labels).save(out / "grid.png")
+    table(pictures, [variant.label for variant in variants], chosen).save(out / "grid.png")

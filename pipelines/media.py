@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,28 @@ def grid(
     return sheet
 
 
+def table(
+    images: Sequence[Image.Image], rows: Sequence[str], columns: Sequence[str], scale: int = 2
+) -> Image.Image:
+    """Pictures of one size, row by row, with the names of rows at the left and of columns above."""
+    body = grid(images, len(columns), scale=scale)
+    left, top, font = 116, 52, ImageFont.load_default(size=11)
+    sheet = Image.new("RGB", (left + body.width, top + body.height), "white")
+    sheet.paste(body, (left, top))
+    pen = ImageDraw.Draw(sheet)
+    width, height = (body.size[0] // len(columns), body.size[1] // len(rows))
+    for i, name in enumerate(columns):
+        said = _wrap(name, font, width - 8, lines=3)
+        pen.text((left + i * width, top - 4), said, font=font, fill="black", anchor="ld")
+    for i, name in enumerate(rows):
+        said = _wrap(name, font, left - 8, lines=6)
+        pen.text((4, top + (i + 0.5) * height), said, font=font, fill="black", anchor="lm")
+    return sheet
+
+
 def _wrap(text: str, font, width: int, lines: int) -> str:
     wrapped = [""]
-    for word in text.split():
+    for word in _breakable(text, font, width).split():
         longer = f"{wrapped[-1]} {word}".strip()
         if font.getlength(longer) <= width or not wrapped[-1]:
             wrapped[-1] = longer
@@ -108,3 +128,13 @@ def _wrap(text: str, font, width: int, lines: int) -> str:
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1].rstrip() + " ..."]
     return "\n".join(wrapped)
+
+
+def _breakable(text: str, font, width: int) -> str:
+    """The text with words that are wider than a line broken after signs."""
+    words = []
+    for word in text.split():
+        if font.getlength(word) > width:
+            word = re.sub(r"([=,;@])(?=\S)", r"\1 ", word)
+        words.append(word)
+    return " ".join(words)

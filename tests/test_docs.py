@@ -122,6 +122,7 @@ def run_commands(page, are_benchmarks, folder, hub, monkeypatch):
     monkeypatch.setitem(sys.modules, PAGE, SimpleNamespace(serve=lambda *settings: None))
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     (folder / "circles.txt").write_text("a red circle\na blue circle\n")
+    (folder / "same.txt").write_text("a red circle and a blue square\n")
     (folder / "scenes.txt").write_text("a red circle and a blue square\n")
     for block in blocks(page, "yaml"):
         (folder / block.split()[1]).write_text(block)  # its first line is `# name`

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
 from dittune.errors import ConfigError
-from dittune.pipelines.media import read_record, save_png
+from dittune.pipelines.media import read_record, save_png, table
 
 RECORD = {
     "prompt": "a = b, \"c\" ${d} 'e': f \N{SNOWMAN}",
@@ -65,3 +66,14 @@ def test_a_damaged_picture(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="cannot read picture"):
             read_record(path)
+
+
+def test_a_table_names_rows_and_columns():
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue", "white")] * 2
+    sheet = table(pictures, ["none", "a.very_long_setting=of,a,method"], ["a", "b", "c", "d"])
+    assert np.asarray(sheet)[..., 0].min() == 0  # there is text
+    left, top = sheet.width - 4 * 20, sheet.height - 2 * 20
+    for i in range(8):
+        row, column = divmod(i, 4)
+        place = left + column * 20 + 8, top + row * 20 + 8
+        assert sheet.getpixel(place) == pictures[i].getpixel((0, 0))
