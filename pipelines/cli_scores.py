@@ -28,7 +28,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, max=10_000, help="images a prompt")] = 1,
     limit: Annotated[int | None, typer.Option(min=2, help="use this many prompts")] = None,
     objects: Annotated[str, typer.Option(help="only prompts of so many objects: 2,3")] = "",
-    model: Model = "shapes-sd3",
+    model: Model = None,
     method: Methods = None,
     set_: Sets = None,
     sweep: Annotated[list[str] | None, typer.Option(help="METHOD.FIELD=V1;V2;...")] = None,

@@ -51,19 +51,9 @@ def video(
 ) -> None:
     """Make videos, each as MP4 and GIF; run again, it continues where it stopped."""
     if config is None and from_ is None:
-        model = model or _bundled()
+        model = model or "shapes-wan"
     flags = {"model": model, "negative_prompt": negative_prompt, "seed": seed, "size": size}
     flags |= {"num_images": num_videos, "frames": frames, "fps": fps, "steps": steps}
     flags |= {"guidance_scale": guidance_scale, "device": device, "dtype": dtype}
     flags |= {"prompts": read_prompts(prompt, prompts_file)}
     make(resolve_flags(config, from_, flags, method, set_), out, ".mp4", dry_run, as_json)
-
-
-def _bundled() -> str:
-    """The video model of the package."""
-    from dittune.checkpoints import available_checkpoints
-    from dittune.errors import ConfigError
-
-    if "shapes-wan" not in available_checkpoints():
-        raise ConfigError("no video model is bundled; add --model with a folder or a hub id")
-    return "shapes-wan"

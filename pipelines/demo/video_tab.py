@@ -26,8 +26,8 @@ from dittune.pipelines.demo.works import Pair, make_pair
 METHODS = ["radial", "natten", "vmoba", "sparsed", "softpag", "merge_padding"]
 NO_MODEL = (
     "### No video model here\n"
-    "This version of dittune bundles none. Start the page with one of your own, "
-    "`dittune demo --model FOLDER`: Wan, HunyuanVideo, CogVideoX or LTX-Video."
+    "The model of this page makes pictures. Start it without `--model`, or with one that makes "
+    "videos: Wan, HunyuanVideo, CogVideoX, Mochi or LTX-Video."
 )
 
 

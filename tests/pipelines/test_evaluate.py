@@ -169,6 +169,16 @@ def test_the_command(saved, tmp_path, capsys):
     assert "| pag |" in (tmp_path / "table.md").read_text()
 
 
+def test_the_model_of_a_configuration_file(saved, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {saved}\nsteps: 1\n")
+    words = ["eval", "--config", str(config), "--limit", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--json"])
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["config"]["model"] == str(saved)
+
+
 def test_a_folder_belongs_to_its_settings(saved, tmp_path, capsys):
     words = ["eval", "--model", str(saved), "--limit", "2", "--out", str(tmp_path)]
     words += ["--method", "none", "--method", "softpag", "--set", "softpag.heads=0:*"]

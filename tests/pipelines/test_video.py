@@ -15,6 +15,7 @@ from dittune.pipelines.media import read_record
 from dittune.pipelines.scorers import PICTURES, VIDEOS, scorer_for
 from dittune.pipelines.video import read_frames, save_video
 from dittune.samples.shapes import motion, world
+from dittune.samples.shapes.score_video import score_video
 from tests.tiny import sd3
 from tests.tiny_video import cogvideox, ltx, wan
 
@@ -150,3 +151,15 @@ def test_eval_scores_videos(run, tmp_path):
     assert len(rows) == 2 and all("moving" in r["prompt"] or "still" in r["prompt"] for r in rows)
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 3 * 64
+
+
+def test_the_video_command_by_itself(tmp_path):
+    """As a new user types it: the bundled model, its preset, an MP4 that shows what was asked."""
+    prompt = "a red circle moving right"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["video", prompt, "--seed", "7", "--out", str(tmp_path)])
+    assert stop.value.code == 0
+    (path,) = tmp_path.glob("*.mp4")
+    frames = read_frames(path)
+    assert len(frames) == 9 and frames[0].size == (64, 64)
+    assert score_video([np.asarray(frame) for frame in frames], prompt).success
