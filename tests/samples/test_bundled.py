@@ -41,7 +41,8 @@ def test_it_draws_what_it_is_asked_for(name):
     scorer = scorer_for(pipeline.pipe)
     settings = {"num_inference_steps": 10, "height": 64, "width": 64}
     if scorer.modality == "video":
-        prompt, settings["num_frames"] = "a red circle moving right", 9
+        prompt = "a red circle moving right"
+        settings |= {"num_frames": 9, "output_type": "pil"}
     else:
         prompt = "a red circle"
     settings |= guidance(pipeline.pipe, 3.5)
