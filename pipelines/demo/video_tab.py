@@ -9,7 +9,7 @@ import gradio as gr
 
 from dittune.config import RunConfig, preset
 from dittune.pipelines.demo import status
-from dittune.pipelines.demo.controls import MethodPicker, method_of
+from dittune.pipelines.demo.controls import MethodPicker
 from dittune.pipelines.demo.parts import (
     LANE,
     Buttons,
@@ -51,7 +51,7 @@ class VideoTab:
                 self.fps = gr.Number(
                     recommended.get("fps", 16), precision=0, minimum=1, label="Frames a second"
                 )
-                self.picker = MethodPicker(names[0], METHODS, method_of(names[0]) or "radial")
+                self.picker = MethodPicker(names[0], METHODS, "vmoba")
                 self.seed = seed_row(7)
                 self.call = CallSettings(names[0])
                 self.buttons = Buttons("Film")
