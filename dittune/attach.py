@@ -21,7 +21,6 @@ from dittune.method import Method
 from dittune.models import DENOISER_NAMES, available_models
 from dittune.run import Run
 from dittune.scheduler_seam import stepping_from
-from dittune.together import check_together
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of a pipeline
 
@@ -67,7 +66,6 @@ class Attachment:
         self._methods = methods
         self._acting = tuple(m for m in methods if not m.is_neutral)
         self._undo: list[Callable[[], None]] = []
-        check_together(self._acting)
         # All that can fail comes before anything is changed.
         self._models = [AttachedModel(model, self._acting, self) for model in _denoisers(target)]
         swaps = [swap for model in self._models for swap in model.swaps()]

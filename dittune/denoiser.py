@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,11 +12,12 @@ import torch
 from torch import nn
 
 from dittune.class_swap import calling_subclass, owner_of, set_class
-from dittune.errors import AlreadyAttachedError, SeamError, SelectionError
+from dittune.errors import AlreadyAttachedError, SeamError
 from dittune.method import Method
 from dittune.models import facts_for
 from dittune.run import Host, ModelInputs, Run
 from dittune.seam import InstalledSite, Link, make_processor, stock_attention
+from dittune.together import check_together
 
 
 class AttachedModel:
@@ -33,7 +33,7 @@ class AttachedModel:
         self.facts: ModuleType = facts_for(self.inner)
         available = self.facts.sites(self.inner)
         self.wanted = [list(method.sites(available)) for method in methods]  # one list a method
-        self._check_replacers()
+        check_together(self.methods, self.wanted)
         self.signature = inspect.signature(type(self.inner).forward)
         self.installed: list[tuple[nn.Module, object, object]] = []
         for site in available:
@@ -44,20 +44,6 @@ class AttachedModel:
                 self.installed.append((module, stock, make_processor(stock, site, calls)))
         self.active: tuple[Method, ...] | None = None
         self.checked: set[int] = set()  # ids: a method need not be hashable
-
-    def _check_replacers(self) -> None:
-        replacers = [
-            (method, sites)
-            for method, sites in zip(self.methods, self.wanted, strict=True)
-            if method.replaces_attention
-        ]
-        for (first, sites), (second, others) in itertools.combinations(replacers, 2):
-            both = [site for site in sites if site in others]
-            if both:
-                raise SelectionError(
-                    f"{first.name} and {second.name} both replace the attention of {both[0]}; "
-                    "give them different sites, or use one"
-                )
 
     def swaps(self) -> list[tuple]:
         """(write, place, old, new) for everything to be changed."""

@@ -22,18 +22,17 @@ MAY_IMPORT = {
     "dittune/heads.py": {"call", "errors"},
     "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
     "dittune/perturbation.py": {"call", "kernels"},
-    "dittune/together.py": {"errors", "method"},
+    "dittune/together.py": {"call", "errors", "method"},
     "dittune/padded_row.py": {"call"},
     "dittune/uncompiled.py": set(),
     "dittune/local_path.py": set(),
     "dittune/seam.py": {"call", "errors", "method", "padded_row", "run"},
     "dittune/denoiser.py": {
-        "call", "class_swap", "errors", "method", "models", "run", "seam",
+        "call", "class_swap", "errors", "method", "models", "run", "seam", "together",
     },
     "dittune/guider.py": {"methods", "models", "run", "seam"},
     "dittune/attach.py": {
         "class_swap", "denoiser", "errors", "method", "models", "run", "scheduler_seam",
-        "together",
     },
     "dittune/words/": {
         "call", "errors", "heads", "method", "run", "scheduler_seam", "uncompiled", "words",

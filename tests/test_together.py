@@ -6,9 +6,8 @@ import pytest
 
 import dittune
 from dittune.errors import ConfigError, SelectionError
-from dittune.together import check_together
 from tests.test_contract import ACTIVE, PAIR
-from tests.tiny import latents, sd3
+from tests.tiny import latents, sd, sd3
 
 CORES = {"natten", "clear", "scale_dit", "sparsed"}
 LAST = {"regions", "shared_attention", "isolation"}
@@ -65,9 +64,32 @@ def pipe():
     return sd3()
 
 
-def test_the_message_says_what_to_do():
+@pytest.fixture(scope="module")
+def unet():
+    return sd()
+
+
+def test_the_message_says_what_to_do(pipe):
     with pytest.raises(SelectionError, match="list natten before isolation: what follows"):
-        check_together([made("isolation"), made("natten")])
+        dittune.attach(pipe, made("isolation"), made("natten"))
     with pytest.raises(SelectionError, match="regions and isolation cannot act together: each"):
-        check_together([made("regions"), made("isolation")])
-    check_together([made("merge_padding"), made("natten"), made("isolation")])
+        dittune.attach(pipe, made("regions"), made("isolation"))
+    dittune.attach(pipe, made("merge_padding"), made("natten"), made("isolation")).detach()
+
+
+@pytest.mark.parametrize(("first", "second"), [*permutations(PICTURES, 2)])
+def test_in_a_unet_no_pair_ends_in_a_traceback(first, second, unet):
+    try:
+        with dittune.attach(unet, made(first), made(second)):
+            latents(unet, PAIR, steps=3)
+    except (ConfigError, SelectionError):
+        assert are_apart(first, second) or is_wrong_order(first, second)
+
+
+@pytest.mark.parametrize("pair", [("reweight", "natten"), ("regions", "isolation")])
+def test_methods_that_share_no_site_act_together(pair, unet):
+    with dittune.attach(unet, *map(made, pair)):
+        both = latents(unet, PAIR, steps=3)
+    for name in pair:
+        with dittune.attach(unet, made(name)):
+            assert not both.equal(latents(unet, PAIR, steps=3))

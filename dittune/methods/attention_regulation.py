@@ -166,8 +166,9 @@ class AttentionRegulation(Method):
         rate = RATE[call.site.kind] * len(fields)
         solution, losses = solve(text.detach(), member.to(text), fields, rate, self.iterations)
         memory.losses.append(losses)
-        before = memory.solved.get((call.site, picture), solution)
-        memory.solved[call.site, picture] = solution
+        key = call.site, picture, call.layout.grid  # beside scale_dit, the picture grows
+        before = memory.solved.get(key, solution)
+        memory.solved[key] = solution
         return self.scale * DECAY**call.run.step * torch.lerp(before, solution, BLEND)
 
     def report(self, run: Run) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_the_solution_is_added_to_the_words_columns_only(kind, mask):
     for picture in (0, 2):
         logits = torch.einsum("hqd,hkd->hqk", call.query[picture], call.key[picture]) / 8**0.5
         logits = logits + call.options.get("attn_mask", torch.zeros(1))[0]
-        added = memory.solved[call.site, picture]  # (H, W, N)
+        added = memory.solved[call.site, picture, call.layout.grid]  # (H, W, N)
         raised = logits.clone()
         for word, tokens in enumerate(WORDS.words):
             for token in tokens:
@@ -122,7 +122,7 @@ def test_steps_are_blended_by_site_and_fade():
         call.run.step = step
         given = call._replace(query=call.query + step)
         added = method._added(given, 0, given.query[0, :, :, :6], torch.eye(6)[1:3])
-        solutions.append(memory.solved[call.site, 0])
+        solutions.append(memory.solved[call.site, 0, call.layout.grid])
         changes.append(added)
     other = call._replace(site=Site(1, "cross", "elsewhere", 2))
     method._added(other, 0, call.query[0, :, :, :6], torch.eye(6)[1:3])
