@@ -103,7 +103,7 @@ def table(
 ) -> Image.Image:
     """Pictures of one size, row by row, with the names of rows at the left and of columns above."""
     body = grid(images, len(columns), scale=scale)
-    left, top, font = 116, 52, ImageFont.load_default(size=11)
+    left, top, font = 116, 60, ImageFont.load_default(size=11)
     sheet = Image.new("RGB", (left + body.width, top + body.height), "white")
     sheet.paste(body, (left, top))
     pen = ImageDraw.Draw(sheet)
