@@ -30,7 +30,7 @@ from dittune.sparse.measured import (
     plan_of,
     save_patterns,
 )
-from dittune.sparse.plan import BACKENDS, Place, Ready
+from dittune.sparse.plan import BACKENDS, Place, Ready, cheaper_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +162,12 @@ class SparseD(CoreMethod):
         return self._ready(kept, frame)
 
     def _ready(self, kept: torch.Tensor, frame: Frame) -> Ready:
-        device = frame.place.device
-        backend = "cpu" if (self.backend, device.type) == ("auto", "cpu") else self.backend
-        return Ready(plan_of(kept.to(device), frame), frame.place, backend)
+        device, backend = frame.place.device, self.backend
+        plan = plan_of(kept.to(device), frame)
+        if backend == "auto" and device.type == "cpu":
+            visited = sum(len(plan.tensors[f"row_{kind}_index"]) for kind in ("full", "partial"))
+            backend = cheaper_on_cpu(plan, frame.place, visited, patterns=len(kept))
+        return Ready(plan, frame.place, backend)
 
     def report(self, run: Run) -> dict[str, Any]:
         """Sites with a pattern, its share of the image's blocks, and of the mass when measured.

@@ -16,7 +16,7 @@ from dittune.kernels.block_sparse.reference import dense_mask
 from dittune.patterns import BlockRule, Pattern, Plan, Segment, Sequence, TokenOrder, make_plan
 
 BACKENDS = ("auto", "dense", "triton", "flex", "cpu", "reference")
-MASK_TOKENS = 4096  # `auto` makes a mask of tokens x tokens up to here
+MASK_TOKENS = 4096  # `auto` makes masks of as many numbers as tokens x tokens up to here
 
 # Of the CPU path, in units of one pair of tokens of one head, measured on one core of a Zen 4: a
 # row of blocks, and a pair of a visited block.
@@ -183,13 +183,24 @@ def image_plan(
 
 def choose_backend(plan: Plan, place: Place, backend: str) -> str:
     """What to run a plan of one pattern with: `plain` if it is dense, and what `auto` means."""
-    (layout,), (block_q, block_k) = plan.layouts, plan.block
+    (layout,) = plan.layouts
     if layout.sure == plan.queries.tokens * plan.keys.tokens == place.tokens**2:
         return "plain"
     if backend == "auto" and place.device.type == "cpu":
-        visited = (len(layout.full) + len(layout.partial)) * block_q * block_k
-        rows = -(-plan.queries.slots // block_q)
-        sparse = ROW_COST * rows + PAIR_COST * place.heads * visited
-        dense = place.heads * plan.queries.tokens * plan.keys.tokens
-        return "dense" if sparse > dense and place.tokens <= MASK_TOKENS else "cpu"
+        return cheaper_on_cpu(plan, place, len(layout.full) + len(layout.partial))
     return backend
+
+
+def cheaper_on_cpu(plan: Plan, place: Place, visited: int, patterns: int = 1) -> str:
+    """`cpu`, or `dense` where skipping blocks would be slower and masks are small.
+
+    Args:
+        visited: blocks, of all patterns together.
+        patterns: how many there are; as many heads have each.
+    """
+    block_q, block_k = plan.block
+    rows = -(-plan.queries.slots // block_q) * patterns
+    pairs = place.heads // patterns * visited * block_q * block_k
+    dense = place.heads * plan.queries.tokens * plan.keys.tokens
+    is_small = patterns * place.tokens**2 <= MASK_TOKENS**2
+    return "dense" if ROW_COST * rows + PAIR_COST * pairs > dense and is_small else "cpu"

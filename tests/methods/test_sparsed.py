@@ -175,6 +175,19 @@ def test_is_attention_by_definition(build, backend):
     assert report["image_density"] < report["recall"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("side", "block", "share", "backend"),
+    [(8, 4, 0.4, "dense"), (60, 64, 0.1, "cpu"), (60, 64, 0.9, "dense"), (96, 64, 0.9, "cpu")],
+)
+def test_blocks_are_skipped_on_a_cpu_where_that_is_faster(side, block, share, backend):
+    """The last of them would be faster under a mask, which would be too large."""
+    layout = TokenLayout((0, side**2), (0, 0), (1, side, side))
+    one = measured.frame_of(Place(layout, 1, torch.device("cpu")), block, 1)
+    many = one.image[1] - one.image[0]
+    kept = (torch.arange(many) < share * many).expand(1, many, many)
+    assert dittune.SparseD(block=block)._ready(kept, one).backend == backend
+
+
 def test_the_step_that_measures_is_dense_and_so_are_those_before():
     pipe = wan()
     plain = latents(pipe, steps=2, guidance_scale=3.0)
