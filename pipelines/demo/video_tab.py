@@ -41,6 +41,7 @@ class VideoTab:
             gr.Markdown(NO_MODEL)
             return
         recommended = preset(names[0])
+        first = next(iter(recommended.get("methods", {})), "vmoba")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 self.model = gr.Dropdown(
@@ -51,7 +52,7 @@ class VideoTab:
                 self.fps = gr.Number(
                     recommended.get("fps", 16), precision=0, minimum=1, label="Frames a second"
                 )
-                self.picker = MethodPicker(names[0], METHODS, "vmoba")
+                self.picker = MethodPicker(names[0], METHODS, first)
                 self.seed = seed_row(7)
                 self.call = CallSettings(names[0])
                 self.buttons = Buttons("Film")
