@@ -32,7 +32,9 @@ class GalleryTab:
     def __init__(self, studio: Studio, model: gr.Dropdown, generate: GenerateTab, tabs: gr.Tabs):
         self.studio = studio
         gr.Markdown("Recommended settings of the bundled models; try each on a picture.")
-        for name, path in preset_files().items():
+        own, presets = studio.models(videos=False), preset_files()
+        for name in sorted(presets, key=lambda n: own.index(n) if n in own else len(own)):
+            path = presets[name]
             with gr.Row(equal_height=False, elem_classes="card"):
                 with gr.Column(scale=2, min_width=300):
                     gr.Markdown(f"### {name}\n{about(path)}")

@@ -68,7 +68,7 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="dittune", analytics_enabled=False, delete_cache=(CACHE, CACHE)) as page:
         gr.Markdown(TITLE)
         model = gr.Dropdown(
-            names, value=names[0] if names else None, label="Model", visible=len(names) > 1
+            names, value=names[0] if names else None, label="Picture model", visible=len(names) > 1
         )
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):

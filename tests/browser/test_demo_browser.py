@@ -17,12 +17,13 @@ playwright = pytest.importorskip("playwright.sync_api")
 
 from PIL import Image  # noqa: E402
 
-from dittune.pipelines.demo.page import launch  # noqa: E402
+import dittune  # noqa: E402
+from dittune.pipelines.demo.page import FIRST, launch  # noqa: E402
 from dittune.pipelines.demo.studio import Studio  # noqa: E402
 from tests.gradio_warnings import IGNORED  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, IGNORED]
-MODELS = ("shapes-sd3", "shapes-flux", "shapes-sd", "shapes-wan")
+MODELS = sorted(dittune.available_checkpoints(), key=lambda name: name != FIRST)
 SHOTS = os.environ.get("DITTUNE_SCREENSHOTS")
 PATIENCE = 120_000  # milliseconds, for a machine that does other things too
 
