@@ -19,6 +19,7 @@ from dittune.pipelines.demo.parts import (
     configuration,
     seed_row,
     strip,
+    updates,
     work_on,
 )
 from dittune.pipelines.demo.repeat import picture_command, yaml_command
@@ -144,7 +145,8 @@ class AttentionTab:
     ) -> Iterator[dict]:
         """Make the picture again, guided away from what it is without these heads."""
         if seen is None:
-            yield {self.line: status.done("Press Look first: it makes the picture to compare.")}
+            first = "Press Look first: it makes the picture to compare."
+            yield updates({self.line: status.done(first)})
             return
 
         def preview(news: News) -> dict:

@@ -27,6 +27,9 @@ TITLE = (
     "without a method and with it."
 )
 CACHE = 3600  # seconds after which files of results are removed
+SESSIONS = (
+    32  # gradio keeps components of those that wait and so many; a request of its client is one
+)
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = """
 .status {display: flex; gap: .8em; align-items: center; min-height: 2.2em; padding: 0 .2em}
@@ -121,6 +124,7 @@ def launch(studio: Studio, port: int, share: bool, waiting: int, **more: Any) ->
         share=share,
         ssr_mode=False,
         max_file_size=MOST_BYTES,
+        state_session_capacity=waiting + SESSIONS,
         theme=gr.themes.Soft(primary_hue="blue", **FONTS),
         css=CSS + (CRISP if _small(studio) else ""),
         footer_links=["api"],

@@ -115,7 +115,7 @@ class Buttons:
 
         stopped = self.cancel.click(cancel, None, None, cancels=running, **QUIET)
         # Afterwards, so that no news still on their way are shown last.
-        stopped.then(lambda: status.done(CANCELLED), None, line, **QUIET)
+        stopped.then(lambda: updates({line: status.done(CANCELLED)}), None, line, **QUIET)
 
 
 class Repeat:
@@ -177,8 +177,23 @@ def work_on(
         config = ask()
         for news in studio.run(request.session_hash or "", lambda watch: work(watch, config)):
             if news.result is None:
-                yield {line: status.working(news), **(preview(news) if news.preview else {})}
+                shown = preview(news) if news.preview else {}
+                yield updates({line: status.working(news), **shown})
             else:
-                yield show(news.result)
+                yield updates(show(news.result))
     except Exception as error:
-        yield {line: status.failed(error)}
+        yield updates({line: status.failed(error)})
+
+
+def updates(values: dict) -> dict:
+    """Values of components as updates.
+
+    gradio takes a component that is left out for one that gets an update, and keeps a copy of the
+    component, for as long as the session, for each plain value that comes after one.
+    """
+
+    def update(component: gr.blocks.Block, value: Any) -> Any:
+        is_one = isinstance(value, dict) and "__type__" in value
+        return value if is_one or isinstance(component, gr.State) else gr.update(value=value)
+
+    return {component: update(component, value) for component, value in values.items()}

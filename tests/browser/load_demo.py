@@ -72,7 +72,7 @@ class User(threading.Thread):
             except Exception as error:
                 self.counts[f"error: {type(error).__name__}: {error}"[:120]] += 1
                 continue
-            with Image.open(result[2]) as image:
+            with Image.open(result[2]["value"]) as image:
                 same = np.array_equal(np.asarray(image.convert("RGB")), picture)
             self.counts["equal" if same else "DIFFERENT"] += 1
             self.seconds.append(time.monotonic() - started)

@@ -74,7 +74,13 @@ def values(picker, **changed):
 def generate(tabs, model, method="softpag", prompt=PROMPT, files=None, call=CALL, **changed):
     tab = tabs.generate
     given = values(tab.picker, **changed)
-    return list(tab.generate(ME, model, prompt, 7, method, *call, files, *given))
+    return list(shown(tab.generate(ME, model, prompt, 7, method, *call, files, *given)))
+
+
+def shown(updates):
+    """What the updates of a handler say: components and their values."""
+    for update in updates:
+        yield {c: v.get("value", v) if isinstance(v, dict) else v for c, v in update.items()}
 
 
 def last(updates, component):
@@ -217,7 +223,7 @@ def test_bad_uploads_are_refused(tabs, model, tmp_path, monkeypatch):
 
 def test_attention_is_shown_and_a_head_perturbed(tabs, model, studio, tmp_path, monkeypatch):
     tab = tabs.attention
-    updates = list(tab.look(ME, model, PROMPT, 7, *CALL))
+    updates = list(shown(tab.look(ME, model, PROMPT, 7, *CALL)))
     words = last(updates, tab.words)
     assert [word for _, word in words] == ["red", "circle", "blue", "square"]
     seen = last(updates, tab.seen)
@@ -233,38 +239,40 @@ def test_attention_is_shown_and_a_head_perturbed(tabs, model, studio, tmp_path, 
     index = [56 + 30 + 15, 46 + 15]  # layer 0, head 1
     head, _ = tab.clicked(seen, SimpleNamespace(index=index))
     assert head == "0:1"
-    updates = list(tab.perturb_heads(ME, seen, head, 1.0, 3.0))
+    updates = list(shown(tab.perturb_heads(ME, seen, head, 1.0, 3.0)))
     record = read_record(last(updates, tab.after))
     assert record["config"]["methods"]["softpag"]["heads"] == "0:1"
-    assert "choose a head" in list(tab.perturb_heads(ME, seen, "", 1.0, 3.0))[-1][tab.line]
-    assert "Press Look first" in list(tab.perturb_heads(ME, None, "0:1", 1.0, 3.0))[-1][tab.line]
+    assert "choose a head" in list(shown(tab.perturb_heads(ME, seen, "", 1.0, 3.0)))[-1][tab.line]
+    assert (
+        "Press Look first"
+        in list(shown(tab.perturb_heads(ME, None, "0:1", 1.0, 3.0)))[-1][tab.line]
+    )
 
 
 def test_a_story_is_told_and_repeated(tabs, model, tmp_path, monkeypatch):
     tab = tabs.story
     given = [*CALL, *values(tab.picker)]
     scenes = "a red circle and a blue square\n\nthe red circle, 100% alone"
-    updates = list(
-        tab.tell(ME, model, "a red circle\na blue square", scenes, "maps", 0, "isolation", *given)
-    )
+    both = "a red circle\na blue square"
+    updates = list(shown(tab.tell(ME, model, both, scenes, "maps", 0, "isolation", *given)))
     assert len(last(updates, tab.references)) == 2
-    shown = [Path(path) for path, _ in last(updates, tab.pictures)]
+    told = [Path(path) for path, _ in last(updates, tab.pictures)]
     plain = [Path(path) for path, _ in last(updates, tab.plain)]
-    for scene, alone in zip(shown, plain, strict=True):
+    for scene, alone in zip(told, plain, strict=True):
         said, plainly = read_record(scene), read_record(alone)
         assert (said["seed"], said["prompt"]) == (plainly["seed"], plainly["prompt"])
         assert not plainly["config"]["methods"] and scene.read_bytes() != alone.read_bytes()
     folder = tmp_path / "command"
     folder.mkdir()
     made = repeated(last(updates, tab.repeat.command), folder, "story", monkeypatch)
-    assert [(made / p.name).read_bytes() for p in shown] == [p.read_bytes() for p in shown]
+    assert [(made / p.name).read_bytes() for p in told] == [p.read_bytes() for p in told]
     folder = tmp_path / "yaml"
     folder.mkdir()
     (folder / "run.yaml").write_text(last(updates, tab.repeat.yaml))
     runs = last(updates, tab.repeat.note).split("run by `")[1].split("`")[0]
     made = repeated(runs, folder, "story", monkeypatch)
-    assert [(made / p.name).read_bytes() for p in shown] == [p.read_bytes() for p in shown]
-    updates = list(tab.tell(ME, model, "x", scenes, "os:system", 0, "isolation", *given))
+    assert [(made / p.name).read_bytes() for p in told] == [p.read_bytes() for p in told]
+    updates = list(shown(tab.tell(ME, model, "x", scenes, "os:system", 0, "isolation", *given)))
     assert "masks is one of maps, shapes" in updates[-1][tab.line]
 
 
@@ -275,7 +283,7 @@ def test_a_video_is_filmed_and_repeated(tmp_path, monkeypatch):
         tab = VideoTab(studio)
     given = [*CALL, *values(tab.picker)]
     film = [ME, str(tmp_path / "wan"), "a red circle", 7, 5, 8, "softpag", *given]
-    updates = list(tab.film(*film))
+    updates = list(shown(tab.film(*film)))
     assert "Done in" in last(updates, tab.line), last(updates, tab.line)
     command = last(updates, tab.repeat.command)
     made = repeated(command, tmp_path, "video", monkeypatch)
@@ -301,13 +309,13 @@ def test_cancel_restores_the_model_by_identity(tabs, model, studio):
         ME, model, PROMPT, 7, "softpag", "", 40, 2.0, "32", None,
         *values(tab.picker, heads="0:1"),
     )  # fmt: skip
-    shown = []
-    for update in running:
-        shown.append(update[tab.line])
-        if "With the method: step" in shown[-1]:
+    lines = []
+    for update in shown(running):
+        lines.append(update[tab.line])
+        if "With the method: step" in lines[-1]:
             assert installed(pipe) != before
             assert studio.cancel("me") and not studio.cancel("you")
-    assert CANCELLED in shown[-1]
+    assert CANCELLED in lines[-1]
     with studio._locks[model]:  # given back
         assert installed(pipe) == before and type(pipe) is type(tiny.sd3())
     assert not studio._running and tab.after not in update
@@ -336,11 +344,11 @@ def test_errors_are_sentences(tabs, model, monkeypatch, capsys):
         ({"call": ("", 20, 2.0, "5000")}, "at most 2359296 pixels"),
         ({"prompt": "x" * 3000}, "at most 2000 letters"),
     ):
-        shown = generate(tabs, model, **changed)[-1][line]
-        assert text in shown and 'role="alert"' in shown and "Traceback" not in shown
+        said = generate(tabs, model, **changed)[-1][line]
+        assert text in said and 'role="alert"' in said and "Traceback" not in said
     monkeypatch.setattr(works, "run", lambda *_: 1 / 0)
-    shown = generate(tabs, model, "none")[-1][line]
-    assert "did not expect" in shown and "division" not in shown
+    said = generate(tabs, model, "none")[-1][line]
+    assert "did not expect" in said and "division" not in said
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
@@ -361,20 +369,42 @@ def test_previews_have_the_size_of_the_picture(family):
     assert seen == [(48, 16)]
 
 
-def test_a_full_queue_says_so(studio, model):
+@pytest.fixture
+def served(studio, model):
+    """The page, clients of it, and the arguments of a request of so many steps."""
     client = pytest.importorskip("gradio_client")
     page = launch(studio, 0, False, 1, prevent_thread_lock=True, quiet=True)
-    try:
-        users = [client.Client(page.local_url, verbose=False) for _ in range(6)]
-        names = users[0].view_api(print_info=False, return_format="dict")["named_endpoints"]
+
+    def users(count):
+        return [client.Client(page.local_url, verbose=False) for _ in range(count)]
+
+    def request(user, steps):
+        names = user.view_api(print_info=False, return_format="dict")["named_endpoints"]
         given = [p.get("parameter_default") for p in names["/generate"]["parameters"]]
-        given[:8] = [model, "x", 7, "none", "", 100, 1.0, "32"]
-        jobs = [user.submit(*given, api_name="/generate") for user in users]
-        said = {str(job.exception()) for job in jobs} - {"None"}
-        assert said == {"Queue is full! Please try again."}
-    finally:
-        page.close(verbose=False)
-        gc.collect()
+        return [model, "x", 7, "none", "", steps, 1.0, "32", *given[8:]]
+
+    yield page, users, request
+    page.close(verbose=False)
+    gc.collect()
+
+
+def test_a_full_queue_says_so(served):
+    _, users, request = served
+    six = users(6)
+    given = request(six[0], steps=100)
+    jobs = [user.submit(*given, api_name="/generate") for user in six]
+    said = {str(job.exception()) for job in jobs} - {"None"}
+    assert said == {"Queue is full! Please try again."}
+
+
+def test_requests_leave_nothing_in_a_session(served):
+    page, users, request = served
+    (user,) = users(1)
+    given = request(user, steps=2)
+    for _ in range(3):
+        user.predict(*given, api_name="/generate")
+    (session,) = page.state_holder.session_data.values()
+    assert session.blocks_config.blocks.keys() == page.blocks.keys()
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
