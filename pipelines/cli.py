@@ -80,12 +80,13 @@ def generate(
     flags |= {"num_images": num_images, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype, "prompts": read_prompts(prompt, prompts_file)}
     if region:
-        from dittune.pipelines.region_prompts import with_regions
+        from dittune.pipelines.region_prompts import joined, naming
 
-        flags["prompts"], regions = with_regions(flags["prompts"] or (), region)
         method = [*(method or ()), "regions"]
-        set_ = [*(set_ or ()), f"regions.regions={regions}"]
+        set_ = [*(set_ or ()), f"regions.regions={joined(region)}"]
     resolved = resolve_flags(config, from_, flags, method, set_)
+    if region:
+        resolved.prompts = naming(resolved.prompts, region)
     make(resolved, out, ".png", dry_run, as_json, "" if show_maps and not maps_of else maps_of)
 
 

@@ -32,5 +32,11 @@ def config_validate(
     config: Annotated[Path, typer.Argument(help="YAML file")], as_json: Json = False
 ) -> None:
     """Check a configuration without running it."""
-    resolve_flags(config, None, {}, None, None)
+    from dittune.pipelines.arguments import check_numbers
+    from dittune.pipelines.loading import locate, pick_dtype
+
+    resolved = resolve_flags(config, None, {}, None, None)
+    check_numbers(resolved)
+    pick_dtype(resolved.dtype, "cpu")
+    locate(resolved.model)
     emit({"valid": True, "path": str(config)}) if as_json else print(f"{config}: valid")

@@ -95,18 +95,23 @@ def make(
         return
     what = "videos" if suffix == ".mp4" else "images"
     drawn = config.seed is None
-    todo = generation.prepare(config, out, suffix)
+    todo = generation.prepare(config, out, suffix, maps_of is not None)
     pipeline = generation.load(config) if todo else None
     total = len(config.prompts) * config.num_images
     if len(todo) < total:
         say(f"{total - len(todo)} of {total} {what} are there already")
     made = []
     shown = generation.run(config, todo, pipeline, maps_of is not None, maps_of or "")
-    for job, record in shown if todo else ():
+    try:
+        for job, record in shown if todo else ():
+            if drawn and not made:
+                say(f"seed {config.seed}")
+            made.append({"path": str(job.path), **record})
+            if not as_json:
+                print(job.path)
+    except KeyboardInterrupt:
         if drawn and not made:
-            say(f"seed {config.seed}")
-        made.append({"path": str(job.path), **record})
-        if not as_json:
-            print(job.path)
+            say(f"continue with --seed {config.seed}")
+        raise
     if as_json:
         emit({what: made, "skipped": total - len(todo)})

@@ -22,6 +22,10 @@ from dittune.pipelines.cli_options import (
     resolve_flags,
 )
 
+ObjectiveModel = Annotated[
+    str | None, typer.Option(help="weights of the objective: folder, hub id")
+]
+
 
 def evaluate(
     prompts: Annotated[str, typer.Option(help="train, val, test, or a file")] = "val",
@@ -33,6 +37,7 @@ def evaluate(
     set_: Sets = None,
     sweep: Annotated[list[str] | None, typer.Option(help="METHOD.FIELD=V1;V2;...")] = None,
     objective: Annotated[str | None, typer.Option(help="one more score, as of headhunt")] = None,
+    objective_model: ObjectiveModel = None,
     merge_padding: Annotated[bool, typer.Option(help="compute equal text tokens once")] = False,
     config: ConfigFile = None,
     steps: Steps = None,
@@ -47,18 +52,19 @@ def evaluate(
 ) -> None:
     """Score methods against the plain model (`--method none`) on the same prompts and seeds.
 
-    `LABEL@G` is a variant under guidance scale G; the first variant is the baseline.
+    `LABEL@G` is a variant under guidance scale G; the first variant is the baseline. Without
+    `--method` the variants are `none` and the methods of the --config.
     """
     from dittune.pipelines.eval_command import eval_command, without_guidance
 
     flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype}
-    labels = list(dict.fromkeys(method or ["none"]))
-    wanted = dict.fromkeys(map(without_guidance, labels))
+    wanted = dict.fromkeys(map(without_guidance, method or ()))
     resolved = resolve_flags(config, None, flags, [m for m in wanted if m != "none"], set_)
+    labels = list(dict.fromkeys(method or ["none", *resolved.methods]))
     result = eval_command(
         resolved, labels, sweep or [], prompts, seeds, limit, parse_counts(objects), batch,
-        objective, merge_padding, out,
+        objective, objective_model, merge_padding, out,
     )  # fmt: skip
     if result is not None:  # else a further process of `accelerate launch`
         table, document = result
@@ -70,7 +76,7 @@ def headhunt(
         str,
         typer.Option(help="shapes, warm, large, white, clip, pickscore, hpsv2 or MODULE:FUNCTION"),
     ] = "shapes",
-    objective_model: Annotated[str | None, typer.Option(help="its weights: folder, hub id")] = None,
+    objective_model: ObjectiveModel = None,
     prompts: Annotated[str, typer.Option(help="train, val, or a file")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="use this many prompts")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=10_000, help="images a prompt")] = 1,
@@ -81,7 +87,9 @@ def headhunt(
     set_: Sets = None,
     config: ConfigFile = None,
     steps: Steps = None,
-    guidance_scale: Guidance = 1.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="classifier-free guidance; off if absent")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images a call")] = 16,
     device: Device = None,
     dtype: Dtype = None,
@@ -91,8 +99,11 @@ def headhunt(
     as_json: Json = False,
 ) -> None:
     """Search the heads whose perturbation guides best; run again, it continues."""
+    from dittune.config import read_yaml
     from dittune.pipelines.headhunt.command import headhunt_command
 
+    if config is None or "guidance_scale" not in read_yaml(config):
+        guidance_scale = 1.0 if guidance_scale is None else guidance_scale
     flags = {"model": model, "steps": steps, "guidance_scale": guidance_scale}
     flags |= {"device": device, "dtype": dtype}
     resolved = resolve_flags(config, None, flags, ["softpag"], set_)

@@ -39,6 +39,7 @@ def story(
     seed: Annotated[int | None, typer.Option(help="of the first reference, 0 if absent")] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what not to draw")] = None,
     size: Size = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -55,7 +56,7 @@ def story(
     from dittune.pipelines.story import Story
 
     flags = {"model": model, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-    flags |= {"size": size, "device": device, "dtype": dtype}
+    flags |= {"negative_prompt": negative_prompt, "size": size, "device": device, "dtype": dtype}
     flags["prompts"] = read_prompts(None, scenes)
     given = read_yaml(config) if config else {}
     wanted = method or ([] if given.get("methods") else ["isolation"])
@@ -71,7 +72,7 @@ def story(
     if left:
         say(f"{left} of {len(resolved.prompts)} scenes are there already")
     if as_json:
-        emit({"scenes": made, "skipped": left, "sheet": str(tale.out / "story.png")})
+        emit({"scenes": made, "skipped": left, "sheet": str(tale.sheet)})
 
 
 def story_eval(
@@ -101,7 +102,7 @@ def story_eval(
     from dittune.pipelines import story_eval as evaluation
     from dittune.pipelines import story_table as tables
     from dittune.pipelines.arguments import call_settings
-    from dittune.pipelines.loading import fingerprint
+    from dittune.pipelines.loading import fingerprint, placed
     from dittune.pipelines.pipeline import Pipeline
     from dittune.pipelines.row_log import claim
 
@@ -119,7 +120,7 @@ def story_eval(
     settings = call_settings(pipeline.pipe, resolved)
     about = {"model": resolved.model, "weights": fingerprint(resolved.model)}
     about |= {f"variant {label}": repr(methods) for label, methods in compared.items()}
-    claim(out / "subjects.csv", about | {"pipeline": settings})
+    claim(out / "subjects.csv", about | {"pipeline": settings, **placed(pipeline.pipe)})
     rows = evaluation.evaluate_stories(pipeline, compared, told, out, **settings)
     table = tables.summarize(rows)
     document = {"prompts": prompts, "config": vars(resolved), "rows": table}

@@ -50,7 +50,9 @@ def video(
     as_json: Json = False,
 ) -> None:
     """Make videos, each as MP4 and GIF; run again, it continues where it stopped."""
-    if config is None and from_ is None:
+    from dittune.config import read_yaml
+
+    if from_ is None and (config is None or read_yaml(config).get("model") is None):
         model = model or "shapes-wan"
     flags = {"model": model, "negative_prompt": negative_prompt, "seed": seed, "size": size}
     flags |= {"num_images": num_videos, "frames": frames, "fps": fps, "steps": steps}

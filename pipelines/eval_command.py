@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from dittune.pipelines.arguments import call_settings, check_numbers
 from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
-from dittune.pipelines.loading import fingerprint
+from dittune.pipelines.loading import fingerprint, placed
 from dittune.pipelines.pipeline import Pipeline, public_name
 from dittune.pipelines.row_log import claim
-from dittune.pipelines.scorers import scorer_for
+from dittune.pipelines.scorers import check_readable, scorer_for
 from dittune.pipelines.team import Team
 
 PLAIN = "none"
@@ -37,6 +38,7 @@ def eval_command(
     objects: Sequence[int],
     batch: int,
     objective: str | None,
+    objective_model: str | None,
     merge_padding: bool,
     out: Path,
 ) -> tuple[str, dict[str, Any]] | None:
@@ -47,7 +49,7 @@ def eval_command(
         labels: variants in order, the first one is the baseline: `none` is the plain model, others
             are labels of methods; `LABEL@G` is one under guidance scale G.
         sweeps: `LABEL.FIELD=V1;V2;...`: one more variant of a method for each value.
-        objective: a further score, see `load_objective`.
+        objective: a further score, see `load_objective`; `objective_model` are its weights.
         merge_padding: compute equal text tokens once in every variant: the same, but for rounding.
 
     Returns:
@@ -59,27 +61,33 @@ def eval_command(
         ConfigError: a variant, sweep, prompt or objective that cannot be understood.
     """
     check_numbers(config)
+    check_readable(config)
     built = build_methods(config)
     variants = [_variant(label, built) for label in labels]
     swept = {sweep: _sweep(sweep, config) for sweep in sweeps}
     variants += [variant for group in swept.values() for variant in group]
+    twice = [label for label, n in Counter(v.label for v in variants).items() if n > 1]
+    if twice:
+        raise ConfigError(f"a variant is given twice: {', '.join(twice)}")
     if merge_padding:
         variants = [_merged(variant) for variant in variants]
-    judge = load_objective(objective) if objective else None
     team = Team()
     device = team.device(config.device)
     pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
     scorer = scorer_for(pipeline.pipe)
     texts = load_prompts(prompts, limit, objects, scorer)
-    if judge and scorer.modality == "video":
+    if objective and scorer.modality == "video":
         raise ConfigError("objectives score pictures; leave --objective out for a video model")
+    place = str(pipeline.pipe.device)
+    judge = load_objective(objective, objective_model, place) if objective else None
     for variant in variants:  # what the model refuses, before the first picture is made
         with attach(pipeline.pipe, *variant.methods):
             pass
     settings = call_settings(pipeline.pipe, config)
     if team.rank == 0:
         about = {"model": config.model, "weights": fingerprint(config.model)}
-        about |= {"objective": objective, "pipeline": settings}
+        about |= {"objective": objective, "objective_model": objective_model}
+        about |= {"pipeline": settings, **placed(pipeline.pipe)}
         about |= {f"variant {v.label}": repr(v) for v in variants}
         claim(out / "images.csv", about)
     scores = evaluate(

@@ -145,7 +145,8 @@ def evaluate(
     team = Team()
     log = RowLog(team.own(out / "images.csv"), ImageScore)
     paths = team.logs(out / "images.csv") if team.rank == 0 else []
-    scores = team.gather([score for path in paths for score in RowLog(path, ImageScore).read()])
+    read = (score for path in paths for score in RowLog(path, ImageScore).read())
+    scores = team.gather([*{(s.variant, s.prompt, s.seed): s for s in read}.values()])
     done = {(s.variant, s.prompt, s.seed) for s in scores}
     wanted = with_seeds(prompts, seeds)
     todo = {v.label: [w for w in wanted if (v.label, *w) not in done] for v in variants}
@@ -169,7 +170,8 @@ def evaluate(
 def _make(pipeline, variant: Variant, prompts, seeds, settings) -> Result:
     pipeline.methods = list(variant.methods)
     if variant.guidance_scale is not None:
-        settings = {**settings, **guidance(pipeline.pipe, variant.guidance_scale)}
+        own = {name: settings[name] for name in settings if name == "negative_prompt"}
+        settings = {**settings, **guidance(pipeline.pipe, variant.guidance_scale), **own}
     return pipeline(prompts, seed=seeds, progress=False, **settings)
 
 

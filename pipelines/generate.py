@@ -56,11 +56,14 @@ def jobs(config: RunConfig, out: Path, suffix: str = ".png") -> list[Job]:
     ]
 
 
-def prepare(config: RunConfig, out: Path, suffix: str = ".png") -> list[Job]:
+def prepare(
+    config: RunConfig, out: Path, suffix: str = ".png", show_maps: bool = False
+) -> list[Job]:
     """Check everything, draw a seed if there is none, and list what is still to be made.
 
     Args:
         suffix: `.png` for pictures, `.mp4` for videos.
+        show_maps: a picture without its maps is made again, the same, for them.
 
     Raises:
         ConfigError: what `check` raises; `out` cannot be written to; a picture of other settings is
@@ -80,6 +83,8 @@ def prepare(config: RunConfig, out: Path, suffix: str = ".png") -> list[Job]:
             raise ConfigError(f"{job.path} was made with other settings; choose another --out")
         if record.get("weights") != weights:
             raise ConfigError(f"{job.path} was made with other weights; choose another --out")
+        if show_maps and not _maps_path(job).exists():
+            todo.append(job)
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".dittune-{os.getpid()}"
@@ -129,8 +134,7 @@ def run(
             "report": {k: v for k, v in result.record["report"].items() if k not in WATCHING},
         }
         if show_maps:
-            path = job.path.with_name(f"{job.path.stem}-maps.png")
-            save_png(sheet(image, watch.seen[0]), path, record)
+            save_png(sheet(image, watch.seen[0]), _maps_path(job), record)
         if films:
             save_video(frames, job.path, config.fps, record)
         else:
@@ -148,11 +152,13 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The configuration that makes a picture again, and warnings of what differs by now.
 
     Raises:
-        ConfigError: the picture cannot be read, or holds no configuration.
+        ConfigError: the picture cannot be read, or holds no configuration that makes it alone.
     """
     record = read_record(path)
     if not isinstance(record.get("config"), dict):
         raise ConfigError(f"the record in {path} holds no configuration")
+    if "subjects" in record["config"]:
+        raise ConfigError(f"{path} is of a story; `dittune story` makes it with its references")
     versions = record.get("versions")
     warnings = [
         f"made with {name} {version}, this is {_version(name)}; bits may differ"
@@ -179,6 +185,10 @@ def other_weights(path: Path, model: str) -> list[str]:
     if recorded in (None, fingerprint(model)):
         return []
     return [f"{path} was made with other weights than those of {model}; it will look different"]
+
+
+def _maps_path(job: Job) -> Path:
+    return job.path.with_name(f"{job.path.stem}-maps.png")
 
 
 def _version(name: str) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,6 +88,11 @@ def fingerprint(name_or_path: str) -> str | None:
             file.seek(max(0, size - 2**20))
             digest.update(file.read())
     return digest.hexdigest()[:12]
+
+
+def placed(pipe: Any) -> dict[str, str]:
+    """Kind of device and precision of a pipeline: rows made on others are not the same rows."""
+    return {"device": pipe.device.type, "dtype": str(pipe.dtype).removeprefix("torch.")}
 
 
 @contextlib.contextmanager

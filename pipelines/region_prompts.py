@@ -8,20 +8,25 @@ from dittune.errors import ConfigError
 from dittune.subjects.boxes import parse_boxes
 
 
-def with_regions(prompts: Sequence[str], regions: Sequence[str]) -> tuple[list[str], str]:
-    """Add the phrases that a prompt lacks, and join the regions for `regions.regions`.
-
-    Args:
-        prompts: none stands for one that the regions alone make.
-        regions: each `x0,y0,x1,y1: PHRASE`.
+def joined(regions: Sequence[str]) -> str:
+    """The regions, each `x0,y0,x1,y1: PHRASE`, as `regions.regions` takes them.
 
     Raises:
         ConfigError: one is not written so.
     """
     if any(";" in region or not parse_boxes(region) for region in regions):
         raise ConfigError("a region is written 'x0,y0,x1,y1: PHRASE'; give --region once for each")
+    return "; ".join(regions)
+
+
+def naming(prompts: Sequence[str], regions: Sequence[str]) -> list[str]:
+    """The prompts, with the phrases of regions that they lack.
+
+    Args:
+        prompts: none stands for one that the regions alone make.
+    """
     phrases = [parse_boxes(region)[0][1] for region in regions]
-    return [_naming(prompt, phrases) for prompt in prompts or [""]], "; ".join(regions)
+    return [_naming(prompt, phrases) for prompt in prompts or [""]]
 
 
 def _naming(prompt: str, phrases: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -40,7 +41,7 @@ class RowLog:
         if whole != content:
             with self.path.open("rb+") as file:
                 file.truncate(len(whole))
-        lines = list(csv.reader(whole.decode("utf-8").splitlines()))
+        lines = list(csv.reader(io.StringIO(whole.decode("utf-8"), newline="")))
         if lines and lines[0] != list(self.types):
             raise ConfigError(
                 f"{self.path} has columns {', '.join(lines[0])}, expected {', '.join(self.types)}; "
@@ -71,11 +72,14 @@ def claim(log: Path, settings: Mapping[str, Any]) -> None:
         settings: by name, written as JSON. Names that were not there before are added.
 
     Raises:
-        ConfigError: a setting was another one before.
+        ConfigError: a setting was another one before, or the file holds something else.
     """
     path = log.with_suffix(".json")
     there = log.exists() and path.exists()  # without rows nothing is held to its settings
-    known = json.loads(path.read_text(encoding="utf-8")) if there else {}
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8"))) if there else {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} does not hold the settings of {log}; move both away") from error
     given = json.loads(json.dumps(settings))
     changed = [name for name in given if name in known and known[name] != given[name]]
     if changed:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dittune.pipelines.arguments import makes_videos
+from dittune.config import RunConfig
+from dittune.errors import ConfigError
+from dittune.pipelines.arguments import image_size, makes_videos
 from dittune.samples.shapes import motion, score, world
 from dittune.samples.shapes.score_video import score_video
 
@@ -41,6 +43,22 @@ class Scorer(NamedTuple):
 def scorer_for(pipe: Any) -> Scorer:
     """The scorer of what a diffusers pipeline makes."""
     return VIDEOS if makes_videos(pipe) else PICTURES
+
+
+def check_readable(config: RunConfig) -> None:
+    """Refuse what the scorers cannot read, before it is made.
+
+    Raises:
+        ConfigError: pictures that are not square or whose side is no multiple of 64, one frame.
+    """
+    width, height = image_size(config) or (world.CANVAS, world.CANVAS)
+    if width != height or width % world.CANVAS:
+        raise ConfigError(
+            f"the Shapes scorer reads squares with a side that is a multiple of {world.CANVAS}, "
+            f"got {width}x{height}"
+        )
+    if config.frames == 1:
+        raise ConfigError("the Shapes scorer reads videos of 2 frames and more, got frames 1")
 
 
 def _judge_picture(image: Image.Image, prompt: str) -> Answers:

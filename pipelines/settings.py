@@ -17,6 +17,7 @@ class Setting:
         type: as it is annotated, such as `int | None`.
         help: its words in the docstring.
         choices: the values it can have; none if it is free.
+        is_path: whether it names a file, which a page must not let its visitors do.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Setting:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    is_path: bool = False
 
 
 def settings_of(cls: type) -> list[Setting]:
@@ -40,10 +42,7 @@ def settings_of(cls: type) -> list[Setting]:
     for field in fields:
         if field.name not in about:
             raise LookupError(f"{cls.__name__} does not describe {field.name} in its docstring")
-    return [
-        Setting(f.name, f.type, f.default, about[f.name], f.metadata.get("choices", ()))
-        for f in fields
-    ]
+    return [Setting(f.name, f.type, f.default, about[f.name], **f.metadata) for f in fields]
 
 
 def described(cls: type) -> dict[str, str]:

@@ -20,6 +20,7 @@ from dittune.pipelines.loading import fingerprint
 from dittune.pipelines.media import grid, read_record, save_png
 from dittune.pipelines.pipeline import Pipeline, public_name
 from dittune.pipelines.row_log import RowLog
+from dittune.pipelines.scorers import check_readable
 from dittune.pipelines.segment import Segmenter, load_segmenter, write_masks
 from dittune.subjects.method import SubjectMethod
 
@@ -98,7 +99,11 @@ class Story:
             raise ConfigError("a subject is one phrase, without commas and plus signs")
         if not config.prompts:
             raise ConfigError("a story needs scenes; one a line in --scenes")
-        self.config, self.subjects, self.out = config, list(subjects), out
+        one_line = [" ".join(prompt.split()) for prompt in config.prompts]
+        self.config = dataclasses.replace(config, prompts=one_line)
+        self.subjects, self.out = list(subjects), out
+        if masks == "shapes":
+            check_readable(config)
         self.segmenter: Segmenter | None = None if masks == OWN_MAPS else load_segmenter(masks)
         self.settings = {
             **dataclasses.asdict(config), "model": public_name(config.model), "prompts": [],
@@ -110,6 +115,16 @@ class Story:
     def path(self, name: str, i: int) -> Path:
         return self.out / f"{name}-{i:03d}.png"
 
+    @property
+    def references(self) -> list[Path]:
+        """The picture of each subject."""
+        return [self.path("reference", i) for i in range(len(self.subjects))]
+
+    @property
+    def sheet(self) -> Path:
+        """All pictures on one."""
+        return self.out / "story.png"
+
     def todo(self) -> list[int]:
         """The scenes still to be made; raises for pictures of other settings."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -120,9 +135,12 @@ class Story:
             if not path.exists():
                 left.append(k)
                 continue
+            if (k, prompt, self.seed_of(k)) not in done:
+                raise ConfigError(f"{path} was made with other settings; choose another --out")
+        there = [self.path("scene", k) for k in range(len(self.config.prompts)) if k not in left]
+        for path in [*there, *filter(Path.exists, self.references)]:
             record = read_record(path)
-            same = (k, prompt, self.seed_of(k)) in done and record.get("config") == self.settings
-            if not same or record.get("weights") != self.weights:
+            if record.get("config") != self.settings or record.get("weights") != self.weights:
                 raise ConfigError(f"{path} was made with other settings; choose another --out")
         return left
 
@@ -133,12 +151,15 @@ class Story:
             pipeline: with the methods of the configuration; None loads it.
         """
         todo = self.todo()
-        pipeline = pipeline or (load(self.config) if todo else None)
-        methods = pipeline.methods if todo else []
+        if not todo and all(path.exists() for path in (*self.references, self.sheet)):
+            return
+        pipeline = pipeline or load(self.config)
+        methods = pipeline.methods
+        if not all(path.exists() for path in self.references):
+            self._make_references(pipeline)
         for k in todo:
             yield self._scene(pipeline, methods, k)
-        if todo:
-            self._sheet()
+        self._draw_sheet()
 
     def seed_of(self, scene: int) -> int:
         """The seed of a scene."""
@@ -156,16 +177,13 @@ class Story:
         settings = call_settings(pipeline.pipe, self.config)
         return pipeline(prompts, seed=seeds, progress=False, **settings)
 
-    def _references(self, pipeline: Pipeline) -> None:
-        if self.path("reference", len(self.subjects) - 1).exists():
-            return
+    def _make_references(self, pipeline: Pipeline) -> None:
         images = self._make(pipeline, (), self.subjects, None).images
         for i, (image, subject) in enumerate(zip(images, self.subjects, strict=True)):
             record = self._record(subject, self.config.seed + i, image)
             save_png(image, self.path("reference", i), record)
 
     def _scene(self, pipeline: Pipeline, methods: Sequence[Method], k: int) -> SceneRow:
-        self._references(pipeline)
         prompt = self.config.prompts[k]
         subjects, masks = named_in(prompt, self.subjects), ""
         if self.segmenter is not None and subjects:
@@ -190,7 +208,7 @@ class Story:
         return {"prompt": prompt, "seed": seed, "size": size, "config": self.settings,
                 "weights": self.weights}  # fmt: skip
 
-    def _sheet(self) -> None:
+    def _draw_sheet(self) -> None:
         """The references in one row, the scenes below."""
         texts = {"reference": self.subjects, "scene": self.config.prompts}
         opened = {
@@ -203,4 +221,4 @@ class Story:
         images = [*opened["reference"], *[blank] * fill, *opened["scene"]]
         labels = [*self.subjects, *[""] * fill, *self.config.prompts]
         scale = 2 if images[0].width < 256 else 1
-        grid(images, columns, labels, scale).save(self.out / "story.png")
+        grid(images, columns, labels, scale).save(self.sheet)

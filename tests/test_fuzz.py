@@ -24,7 +24,7 @@ from dittune.pipelines.generate import recorded
 from dittune.pipelines.headhunt.objectives import load_objective
 from dittune.pipelines.loading import fingerprint, pick_device, pick_dtype
 from dittune.pipelines.media import RECORD_KEY, PngImagePlugin
-from dittune.pipelines.region_prompts import with_regions
+from dittune.pipelines.region_prompts import joined, naming
 from dittune.pipelines.segment import load_segmenter
 from dittune.pipelines.story import named_in
 from dittune.samples.shapes import models
@@ -173,10 +173,10 @@ def test_files(examples, tmp_path):
 def test_boxes_and_what_else_is_short(examples):
     @fuzz(examples, st.lists(BOXES, min_size=1, max_size=3), st.lists(WORDS, max_size=2))
     def check(boxes, prompts):
-        made = refused_or_not(with_regions, prompts, boxes)
+        made = refused_or_not(joined, boxes)
         if made is not None:
-            assert len(made[0]) == max(1, len(prompts))
-            refused_or_not(lambda: dittune.Regions(regions=made[1]))
+            assert len(naming(prompts, boxes)) == max(1, len(prompts))
+            refused_or_not(lambda: dittune.Regions(regions=made))
         for text in (*boxes, *prompts):
             refused_or_not(parse_counts, text)
             refused_or_not(load_segmenter, text)

@@ -58,7 +58,7 @@ class SparseD(CoreMethod):
     keep: float = 0.3
     block: int = 128
     queries: int = 16
-    patterns: str = ""
+    patterns: str = field(default="", metadata={"is_path": True})
     backend: str = field(default="auto", metadata={"choices": BACKENDS})
 
     def __post_init__(self) -> None:

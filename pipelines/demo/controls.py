@@ -57,7 +57,8 @@ class MethodPicker:
         model: whose preset gives the first values.
         names: of the methods.
         place: where the choice goes; None is above the controls.
-        hidden: settings the page gives itself.
+        hidden: settings the page gives itself. Those that name a file of the server have no
+            control either.
         optional: whether there is `none` to choose.
     """
 
@@ -82,7 +83,7 @@ class MethodPicker:
                 with gr.Column(visible=name == value) as group:
                     gr.Markdown(f"**{name}**: {cls.__doc__.splitlines()[0]}")
                     for setting in settings_of(cls):
-                        if setting.name not in hidden:
+                        if setting.name not in hidden and not setting.is_path:
                             self.fields.append((name, setting))
                             made = control(setting, preset[setting.name])
                             self.components.append(made)

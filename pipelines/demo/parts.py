@@ -46,7 +46,7 @@ class CallSettings:
             self.guidance = gr.Number(
                 guidance(model),
                 label="Guidance scale",
-                info="classifier-free guidance; 1 is off, empty is the model's own",
+                info="classifier-free guidance; 1 is off, empty is the preset's",
             )
             self.size = gr.Textbox(label="Size", info="SIDE or WIDTHxHEIGHT; empty is the preset's")
         self.components = [self.negative, self.steps, self.guidance, self.size]

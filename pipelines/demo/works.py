@@ -27,6 +27,8 @@ MOST = {"steps": 200, "frames": 129}  # one user of a shared page does not hold 
 MOST_PIXELS = 1536**2
 MOST_LETTERS = 2000  # of a prompt
 MOST_SCENES = 8
+MOST_SUBJECTS = 8
+MOST_REFINEMENTS = 50  # within a step, which cannot be cancelled
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,15 @@ def check_limits(config: RunConfig) -> None:
     """Refuse what a shared page should not do.
 
     Raises:
-        ConfigError: what `generate.check` refuses, or a number or size beyond the page's limits.
+        ConfigError: what `generate.check` refuses, or a number, a size or a setting of a method
+            beyond the page's limits.
     """
     check(config)
+    for label, settings in config.methods.items():
+        if settings.get("refinements", 0) > MOST_REFINEMENTS:
+            raise ConfigError(f"{label}: the page makes at most {MOST_REFINEMENTS} refinements")
+        if max(map(len, map(str, settings.values()))) > MOST_LETTERS:
+            raise ConfigError(f"{label}: the page takes settings of at most {MOST_LETTERS} letters")
     for name, most in MOST.items():
         if (getattr(config, name) or 0) > most:
             raise ConfigError(f"the page makes at most {most} {name}, got {getattr(config, name)}")
@@ -145,6 +153,10 @@ def tell_story(
 ) -> Told:
     """Make the references and scenes of a story, and each scene without both."""
     check_limits(config)
+    if len(subjects) > MOST_SUBJECTS or max(map(len, subjects), default=0) > MOST_LETTERS:
+        raise ConfigError(
+            f"the page takes at most {MOST_SUBJECTS} subjects of at most {MOST_LETTERS} letters"
+        )
     folder = studio.new_folder()
     story = Story(config, subjects, masks, folder)
     plain, count = [], len(config.prompts)
@@ -161,7 +173,7 @@ def tell_story(
         [(str(story.path(name, i)), text) for i, text in enumerate(texts)]
         for name, texts in (("reference", subjects), ("scene", config.prompts))
     )
-    return Told(config, references, plain, scenes, folder / "story.png")
+    return Told(config, references, plain, scenes, story.sheet)
 
 
 def words_of(prompt: str) -> str:

@@ -17,10 +17,10 @@ from dittune.pipelines.evaluate import load_prompts, with_seeds
 from dittune.pipelines.headhunt import heat_map
 from dittune.pipelines.headhunt.objectives import SHAPES_OBJECTIVES, load_objective
 from dittune.pipelines.headhunt.search import Found, Search, Trial, hunt
-from dittune.pipelines.loading import fingerprint
+from dittune.pipelines.loading import fingerprint, placed
 from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog, claim
-from dittune.pipelines.scorers import Scorer, scorer_for
+from dittune.pipelines.scorers import Scorer, check_readable, scorer_for
 from dittune.pipelines.team import Team
 
 
@@ -52,9 +52,15 @@ def headhunt_command(
         ConfigError: nothing to search, or `out` belongs to another search.
     """
     check_numbers(config)
+    if objective in SHAPES_OBJECTIVES:
+        check_readable(config)
+    if out.suffix not in (".yaml", ".yml") or out.is_dir():  # beside it: .csv, .json, .png
+        raise ConfigError(f"--out is the file for the heads, such as heads.yaml, got {out}")
     team = Team()
     method = dict(config.methods["softpag"])
     method.pop("heads")
+    if method.pop("first") is not None:
+        raise ConfigError("softpag.first cuts a list of heads; a search tries each alone")
     device = team.device(config.device)
     pipeline = Pipeline.from_pretrained(config.model, device=device, dtype=config.dtype)
     texts = _prompts(prompts, limit, objective, scorer_for(pipeline.pipe))
@@ -74,6 +80,7 @@ def headhunt_command(
         "objective_model": objective_model,
         "method": method,
         "pipeline": settings,
+        **placed(pipeline.pipe),
     }
     log = out.with_suffix(".csv")
     if team.rank == 0:  # scores of two searches would not compare
@@ -91,7 +98,7 @@ def headhunt_command(
         return None
     config.methods = {"softpag": {**config.methods["softpag"], "heads": _joined(found)}}
     out.write_text(_comment(found, plain, objective) + write_yaml(config), encoding="utf-8")
-    _draw(team, log, found, plain, objective, out)
+    _draw(team, log, pairs, found, plain, objective, out)
     return {
         "plain": plain,
         "heads": [dataclasses.asdict(head) for head in found],
@@ -132,15 +139,21 @@ def _comment(found: Sequence[Found], plain: float, objective: str) -> str:
 
 
 def _draw(
-    team: Team, log: Path, found: Sequence[Found], plain: float, objective: str, out: Path
+    team: Team,
+    log: Path,
+    pairs: Sequence[tuple[str, int]],
+    found: Sequence[Found],
+    plain: float,
+    objective: str,
+    out: Path,
 ) -> None:
-    """The first round: every head alone."""
-    rows = []
+    """The first round, on the pairs of this search: every head alone."""
+    rows, tried = [], set(pairs)
     for path in team.logs(log):
         rows += RowLog(path, Trial).read()
     alone: dict[str, list[float]] = {}
     for row in rows:
-        if not row.base and row.head:
+        if not row.base and row.head and (row.prompt, row.seed) in tried:
             alone.setdefault(row.head, []).append(row.score)
     scores = {head: fmean(values) for head, values in alone.items()}
     title = f"{objective}: each head alone"

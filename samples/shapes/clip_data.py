@@ -47,10 +47,9 @@ class ClipLatents:
     def __init__(self, work: Path, vae_folder: Path, count: int = CLIPS):
         rng = np.random.default_rng(6)
         self.clips = [motion.sample_clip(rng) for _ in range(count)]
-        path = work / f"clip-latents-{count}.pt"
+        path = work / f"clip-latents-{count}-{data.weights_id(vae_folder)}.pt"
         if not path.exists():
-            work.mkdir(parents=True, exist_ok=True)
-            torch.save(self._encode(AutoencoderKLWan.from_pretrained(vae_folder).eval()), path)
+            data.save_whole(self._encode(AutoencoderKLWan.from_pretrained(vae_folder).eval()), path)
         self.latents, self.labels = torch.load(path, weights_only=True)
 
     @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +61,22 @@ def without_some(scene: world.Scene, missing: float, rng: np.random.Generator) -
     return replace(scene, objects=tuple(itertools.compress(scene.objects, stays)))
 
 
+def weights_id(folder: Path) -> str:
+    """Tells the weights in a folder apart: latents of another autoencoder are not these."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def save_whole(values: object, path: Path) -> None:
+    """Save, so that a file of this name is never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    torch.save(values, part)
+    part.replace(path)
+
+
 class SceneLatents:
     """Training scenes with their latents, made once and kept on disk.
 
@@ -93,7 +111,7 @@ class SceneLatents:
             self.scenes[i], self.marks[i] = scene, own
         shares = {"marked": marked, "missing": missing, "twins": twins}
         kind = "".join(f"-{name}-{share:g}" for name, share in shares.items() if share)
-        path = work / f"latents-{count}{kind}.pt"
+        path = work / f"latents-{count}{kind}-{weights_id(vae_folder)}.pt"
         if not path.exists():
             vae = AutoencoderKL.from_pretrained(vae_folder).eval()
             config, parts = vae.config, []
@@ -106,8 +124,7 @@ class SceneLatents:
                     with torch.autocast("cpu", torch.bfloat16):
                         latents = vae.encode(x).latent_dist.mean.float()
                     parts.append((latents - config.shift_factor) * config.scaling_factor)
-            work.mkdir(parents=True, exist_ok=True)
-            torch.save(torch.cat(parts).half(), path)
+            save_whole(torch.cat(parts).half(), path)
         self.latents = torch.load(path, weights_only=True)
         labels = np.stack([token_labels(scene) for scene in self.scenes])
         self.labels = torch.from_numpy((labels * 255).round().astype(np.uint8))

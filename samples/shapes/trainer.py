@@ -90,6 +90,12 @@ class Trainer:
         for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+        log = self.work / "loss.csv"
+        if log.exists() and self.rank == 0:  # steps after the last save are made once more
+            with log.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if int(row[0]) <= self.step]
+            with log.open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
 
     def run(self) -> None:
         """Train until `steps` are done; the state is saved every minute and at the end."""

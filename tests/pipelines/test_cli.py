@@ -156,9 +156,14 @@ def test_config_show_and_validate(dittune, tmp_path):
     assert code == 0 and "u: 0.25" in out
     assert dittune("config", "validate", path)[0] == 0
     assert json.loads(dittune("config", "show", path, "--json")[1])["steps"] == 4
-    path.write_text("stepps: 4\n")
-    code, out, err = dittune("config", "validate", path)
-    assert code == 2 and not out and "did you mean 'steps'" in err
+    for wrong, says in (
+        ("stepps: 4", "did you mean 'steps'"), ("steps: -5", "steps must be at least 1"),
+        ("size: abc", "SIDE or WIDTHxHEIGHT"), ("dtype: foo", "unknown dtype"),
+        ("model: nonesuch", "nonesuch"),
+    ):  # fmt: skip
+        path.write_text(wrong + "\n")
+        code, out, err = dittune("config", "validate", path)
+        assert code == 2 and not out and says in err
 
 
 @pytest.mark.parametrize(
@@ -258,3 +263,26 @@ def test_grid_places_pictures_and_labels():
     sheet = grid([red, blue, blue], columns=2, labels=["a", "b", "c" * 99])
     assert sheet.size == (2 * (16 + 4), 2 * (16 + 30 + 4))
     assert sheet.getpixel((5, 40)) == (255, 0, 0) and sheet.getpixel((30, 40)) == (0, 0, 255)
+
+
+def test_a_picture_without_its_maps_gets_them(generate, tmp_path):
+    generate("a red circle")
+    (path,) = pictures(tmp_path / "out")
+    plain = path.read_bytes()
+    code, out, _ = generate("a red circle", "--show-maps")
+    assert code == 0 and out.strip() == str(path) and path.read_bytes() == plain
+    assert [p.name for p in pictures(tmp_path / "out")] == [f"{path.stem}-maps.png", path.name]
+    code, out, err = generate("a red circle", "--show-maps")
+    assert code == 0 and not out and "1 of 1 images are there already" in err
+
+
+def test_a_drawn_seed_is_told_if_killed_before_the_first_picture(
+    dittune, saved, tmp_path, monkeypatch
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("dittune.pipelines.generate.run", killed)
+    code, _, err = dittune("generate", "a ring", "--model", saved, "--out", tmp_path)
+    assert code == 130 and err.startswith("continue with --seed ")

@@ -106,7 +106,8 @@ def repeated(command, out, verb, monkeypatch):
 def test_controls_come_from_the_dataclass(tabs, model, name):
     picker, cls = tabs.generate.picker, dittune.load_method(name)
     own = [(s, c) for (n, s), c in zip(picker.fields, picker.components, strict=True) if n == name]
-    assert {s.name for s, _ in own} == {f.name for f in dataclasses.fields(cls)}
+    files = {"patterns"} if name == "sparsed" else set()  # of the server
+    assert {s.name for s, _ in own} == {f.name for f in dataclasses.fields(cls)} - files
     for setting, made in own:
         assert made.label == setting.name and made.info == setting.help and setting.help
         kind = {"bool": gr.Checkbox, "bool | None": gr.Radio, "int": gr.Number}
@@ -251,7 +252,7 @@ def test_attention_is_shown_and_a_head_perturbed(tabs, model, studio, tmp_path, 
 
 def test_a_story_is_told_and_repeated(tabs, model, tmp_path, monkeypatch):
     tab = tabs.story
-    given = [*CALL, *values(tab.picker)]
+    given = ["a ring", *CALL[1:], *values(tab.picker)]
     scenes = "a red circle and a blue square\n\nthe red circle, 100% alone"
     both = "a red circle\na blue square"
     updates = list(shown(tab.tell(ME, model, both, scenes, "maps", 0, "isolation", *given)))
@@ -274,6 +275,9 @@ def test_a_story_is_told_and_repeated(tabs, model, tmp_path, monkeypatch):
     assert [(made / p.name).read_bytes() for p in told] == [p.read_bytes() for p in told]
     updates = list(shown(tab.tell(ME, model, "x", scenes, "os:system", 0, "isolation", *given)))
     assert "masks is one of maps, shapes" in updates[-1][tab.line]
+    many = "\n".join(f"a {'very ' * i}red circle" for i in range(9))
+    updates = list(shown(tab.tell(ME, model, many, scenes, "maps", 0, "isolation", *given)))
+    assert "at most 8 subjects" in updates[-1][tab.line]
 
 
 def test_a_video_is_filmed_and_repeated(tmp_path, monkeypatch):
@@ -343,6 +347,8 @@ def test_errors_are_sentences(tabs, model, monkeypatch, capsys):
         ({"call": ("", 20, 2.0, "31x7")}, "width must be"),
         ({"call": ("", 20, 2.0, "5000")}, "at most 2359296 pixels"),
         ({"prompt": "x" * 3000}, "at most 2000 letters"),
+        ({"heads": "0:1," * 1000}, "settings of at most 2000 letters"),
+        ({"method": "conform", "refinements": 1000}, "at most 50 refinements"),
     ):
         said = generate(tabs, model, **changed)[-1][line]
         assert text in said and 'role="alert"' in said and "Traceback" not in said

@@ -179,6 +179,50 @@ def test_the_model_of_a_configuration_file(saved, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["config"]["model"] == str(saved)
 
 
+def test_the_methods_of_a_configuration_file_are_the_variants(saved, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {saved}\nsteps: 1\nmethods: {{softpag: {{heads: '0:*'}}}}\n")
+    words = ["eval", "--config", str(config), "--limit", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["variant"] for row in rows] == ["none", "softpag"]
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "says"),
+    [
+        ("size: 96x64", [], "squares with a side that is a multiple of 64, got 96x64"),
+        ("frames: 1", [], "videos of 2 frames and more"),
+        ("methods: {softpag: {heads: '0:1'}}", ["--sweep", "softpag.u=0.5;0.5"], "given twice"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(saved, tmp_path, capsys, content, more, says):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {saved}\nsteps: 1\n{content}\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "--config", str(config), "--out", str(tmp_path / "out"), *more])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_of_a_variant_leaves_the_negative_prompt(monkeypatch):
+    monkeypatch.setattr(
+        evaluate, "guidance", lambda _, scale: {"true_cfg_scale": scale, "negative_prompt": ""}
+    )
+    seen = []
+
+    class Recorder:
+        pipe = None
+
+        def __call__(self, prompts, **settings):
+            seen.append(settings)
+
+    for given, wanted in (({"negative_prompt": "a ring"}, "a ring"), ({}, "")):
+        evaluate._make(Recorder(), Variant("none@2", (), 2.0), ["x"], [0], given)
+        assert seen[-1]["negative_prompt"] == wanted and seen[-1]["true_cfg_scale"] == 2.0
+
+
 def test_a_folder_belongs_to_its_settings(saved, tmp_path, capsys):
     words = ["eval", "--model", str(saved), "--limit", "2", "--out", str(tmp_path)]
     words += ["--method", "none", "--method", "softpag", "--set", "softpag.heads=0:*"]
@@ -193,6 +237,8 @@ def test_a_folder_belongs_to_its_settings(saved, tmp_path, capsys):
     assert found == 2 and "made with other settings (pipeline); choose another --out" in said
     found, said = code("--steps", "1", "--set", "softpag.u=0.5")
     assert found == 2 and "(variant softpag)" in said
+    found, said = code("--steps", "1", "--dtype", "bfloat16")
+    assert found == 2 and "(dtype)" in said
     assert code("--steps", "1", "--method", "more=softpag", "--set", "more.heads=0:1")[0] == 0
     variants = [row.variant for row in RowLog(tmp_path / "images.csv", ImageScore).read()]
     assert variants == ["none"] * 2 + ["softpag"] * 2 + ["more"] * 2

@@ -320,6 +320,41 @@ def test_the_result_is_a_configuration(saved, tmp_path, capsys):
     assert "was made with other settings (method)" in capsys.readouterr().err
     assert run(arguments(saved, tmp_path / "more.yaml", **{"--rounds": 7})) == 2
     assert "7 rounds of 1 heads need 7 heads" in capsys.readouterr().err
+    before = (tmp_path / "heads.png").read_bytes()
+    assert run(arguments(saved, out, **{"--prompts": "train", "--limit": 2})) == 0
+    assert (tmp_path / "heads.png").read_bytes() != before  # of these prompts only
+    assert run(arguments(saved, out)) == 0 and (tmp_path / "heads.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["heads.csv", "heads.json", "folder.yaml", "heads"])
+def test_out_is_a_file_that_nothing_else_is_written_to(saved, tmp_path, capsys, name):
+    (tmp_path / "folder.yaml").mkdir()
+    assert run(arguments(saved, tmp_path / name)) == 2
+    assert "--out is the file for the heads" in capsys.readouterr().err
+    assert not list(tmp_path.glob("heads*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("methods: {softpag: {first: 2}}", "softpag.first cuts a list of heads"),
+        ("size: 96x64", "squares with a side that is a multiple of 64"),
+    ],
+)
+def test_what_no_search_can_use_is_refused(saved, tmp_path, capsys, content, says):
+    path = tmp_path / "run.yaml"
+    path.write_text(content + "\n")
+    words = ["headhunt", "--model", str(saved), "--config", str(path), "--limit", "1"]
+    assert run([*words, "--out", str(tmp_path / "heads.yaml")]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_guidance_of_a_file_is_kept(saved, tmp_path):
+    path, out = tmp_path / "run.yaml", tmp_path / "heads.yaml"
+    path.write_text("guidance_scale: 3.0\n")
+    changes = {"--limit": 1, "--rounds": 1, "--steps": 1, "--config": path}
+    assert run(arguments(saved, out, **changes)) == 0
+    assert read_yaml(out)["guidance_scale"] == 3.0
 
 
 def test_heads_of_a_video_model(tmp_path, capsys):

@@ -69,6 +69,30 @@ def test_a_story_is_made_and_continued(saved, tmp_path, capsys, masks):
         command(saved, out, "--masks", masks, "--set", "isolation.keep=0.9")
     assert refused.value.code == 2
     assert "made with other settings" in capsys.readouterr().err
+    for name in ("story.png", "reference-000.png"):
+        (out / name).unlink()
+    with pytest.raises(SystemExit):
+        command(saved, out, "--masks", masks)
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == pictures
+    for path in [*out.glob("scene-*"), out / "story.csv", out / "story.png"]:
+        path.unlink()  # killed after the references
+    with pytest.raises(SystemExit) as refused:
+        command(saved, out, "--masks", masks, "--seed", "5")
+    assert refused.value.code == 2 and "reference-000.png was made" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        main(["generate", "--from", str(out / "reference-000.png"), "--out", str(tmp_path)])
+    assert refused.value.code == 2 and "`dittune story` makes it" in capsys.readouterr().err
+
+
+def test_scenes_of_several_lines_are_continued(saved, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("prompts:\n- |\n  a red circle\n  alone\n- a ring\nsteps: 1\nsize: '32'\n")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as done:
+            main(["story", "--subject", "a red circle", "--config", str(path), "--model",
+                  str(saved), "--out", str(tmp_path / "out")])  # fmt: skip
+        assert done.value.code == 0
+    assert "2 of 2 scenes are there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -163,3 +163,12 @@ def test_the_video_command_by_itself(tmp_path):
     frames = read_frames(path)
     assert len(frames) == 9 and frames[0].size == (64, 64)
     assert score_video([np.asarray(frame) for frame in frames], prompt).success
+
+
+@pytest.mark.parametrize(("named", "model"), [("", "shapes-wan"), ("model: mine", "mine")])
+def test_a_file_without_a_model_films_with_the_bundled_one(tmp_path, capsys, named, model):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"steps: 4\n{named}\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["video", PROMPT, "--config", str(path), "--dry-run"])
+    assert stop.value.code == 0 and f"model: {model}\n" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def test_plain_scenes_are_those_of_the_world():
 
 
 def test_training_data_is_marked_only_where_asked(tmp_path):
-    vae = f"{dittune.checkpoint('shapes-sd3')}/vae"
+    vae = Path(dittune.checkpoint("shapes-sd3")) / "vae"
     plain, marked = (data.SceneLatents(tmp_path, vae, 8, share) for share in (0.0, 1.0))
     assert plain.scenes == marked.scenes
     assert {mark for own in plain.marks for mark in own} == {"plain"}
@@ -92,7 +92,7 @@ def test_wrong_marks_are_refused(wrong):
 
 
 def test_pictures_lack_what_their_captions_name_only_where_asked(tmp_path):
-    vae = f"{dittune.checkpoint('shapes-sd3')}/vae"
+    vae = Path(dittune.checkpoint("shapes-sd3")) / "vae"
     plain, loose, bare = (
         data.SceneLatents(tmp_path, vae, 40, missing=share) for share in (0.0, 0.5, 1.0)
     )
@@ -125,7 +125,7 @@ def test_a_twin_has_the_kind_and_the_mark_and_a_place_of_its_own():
 
 
 def test_half_of_the_captions_name_the_twin(tmp_path):
-    vae = f"{dittune.checkpoint('shapes-sd3')}/vae"
+    vae = Path(dittune.checkpoint("shapes-sd3")) / "vae"
     plain, twins = (data.SceneLatents(tmp_path, vae, 60, 0.8, twins=share) for share in (0.0, 0.5))
     named = [
         len(c.objects) - len(p.objects) for c, p in zip(twins.captioned, plain.scenes, strict=True)
