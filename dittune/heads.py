@@ -24,6 +24,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
         if not numbers:
             raise ConfigError(f"layers are written like '3,5-7', got {text!r}")
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        if first > last:
+            raise ConfigError(f"layers are written like '3,5-7', from first to last, got {text!r}")
         found += range(first, last + 1)
     return tuple(dict.fromkeys(found))
 

@@ -56,11 +56,6 @@ class Run:
         self.scale: Callable[[torch.Tensor], torch.Tensor] = as_it_is
         self._memory: dict[int, SimpleNamespace] = {}
 
-    @property
-    def progress(self) -> float:
-        """Share of the steps that are done, in [0, 1)."""
-        return self.step / max(self.num_steps, 1)
-
     def expect(self, facts: ModuleType, model: Any, kwargs: dict[str, Any]) -> None:
         """Get ready for one denoiser call."""
         self.layouts = facts.layouts(model, kwargs)

@@ -41,6 +41,6 @@ def test_out_of_range(text, match):
 def test_layers_as_text():
     assert parse_layers("3, 5-7,5") == (3, 5, 6, 7)
     assert parse_layers("") == ()
-    for wrong in ("3:1", "a", "3,,4", "-2"):
+    for wrong in ("3:1", "a", "3,,4", "-2", "7-5"):
         with pytest.raises(ConfigError, match=r"layers are written like '3,5-7'"):
             parse_layers(wrong)

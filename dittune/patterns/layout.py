@@ -15,7 +15,6 @@ import torch
 
 from dittune.errors import ConfigError
 from dittune.patterns.algebra import BlockRule, Boxes, Pattern, Tables
-from dittune.patterns.grid import coordinates
 from dittune.patterns.sequence import Blocks, Sequence
 
 Rules = dict[tuple[str, str], "Pattern | BlockRule | bool"]
@@ -105,26 +104,6 @@ def make_layout(
         bits = _bits(opened, _row_major(partial[is_element]), bits)
     full = full[torch.argsort(_row_major(full))]
     return Layout(full, partial, slot, tables, bits, sure, tuple(opened))
-
-
-def mask_of(queries: Sequence, keys: Sequence, rules: Rules) -> torch.Tensor:
-    """Which pairs attend, bool `[query tokens, key tokens]`, both in the order of the model."""
-    rows = []
-    for query in queries.segments:
-        columns = []
-        for key in keys.segments:
-            rule, shape = rules[query.name, key.name], (query.order.tokens, key.order.tokens)
-            if isinstance(rule, bool):
-                columns.append(torch.full(shape, rule))
-            elif isinstance(rule, BlockRule):
-                raise ConfigError(f"{rule} keeps blocks, not pairs")
-            else:
-                places = coordinates(query.order.grid), coordinates(key.order.grid)
-                step = max(1, ENTRIES_AT_ONCE // shape[1])
-                parts = places[0][:, None].split(step)
-                columns.append(torch.cat([rule.allows(part, places[1]) for part in parts]))
-        rows.append(torch.cat(columns, 1))
-    return torch.cat(rows)
 
 
 def _bits(opened: list[_Open], numbers: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from dittune.errors import ConfigError
 from dittune.patterns.algebra import GivenBlocks
-from dittune.patterns.layout import FrozenRules, Layout, Rules, make_layout, mask_of
+from dittune.patterns.layout import FrozenRules, Layout, Rules, make_layout
 from dittune.patterns.report import PlanStats, picture, plan_stats
 from dittune.patterns.sequence import Sequence
 
@@ -79,16 +79,6 @@ class Plan:
             count = count.expand(max(len(count), len(number)), -1).clone()
             count[:, start:stop] = (number - first).clamp(0, self.block[1]).int()
         return count
-
-    def dense_mask(self) -> torch.Tensor:
-        """The plan as a mask, in the order of the model: bool `[query tokens, key tokens]`.
-
-        Raises:
-            ConfigError: heads differ, or blocks are kept or dropped as a whole.
-        """
-        if len(self.rules) > 1 or not self.exact:
-            raise ConfigError("a mask is made of one exact plan for all heads")
-        return mask_of(self.queries, self.keys, dict(self.rules[0]))
 
     def stats(self) -> PlanStats:
         """Densities, balance and memory, over all heads."""

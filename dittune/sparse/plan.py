@@ -91,7 +91,7 @@ class Ready:
         mask = dense_mask(task, plan.queries.slots, plan.keys.slots)[0]
         for axis, sequence in ((-2, plan.queries), (-1, plan.keys)):
             if sequence.permutation is not None:
-                mask = sequence.permutation.unpermute(mask, axis)
+                mask = sequence.permutation.to(mask.device).unpermute(mask, axis)
         return mask
 
     def __call__(
