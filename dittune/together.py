@@ -65,7 +65,7 @@ def _other_order(first: Method, second: Method) -> str:
     """Why the second method must be listed before the first."""
     if first.merges_text and second.weighs_words:
         return f"what follows {first.name} does not see all words"
-    if first.replaces_attention and second.merges_text:
+    if (first.replaces_attention or first.changes_latents) and second.merges_text:
         return f"{first.name} must see the text as it will be"
     if first.chooses_keys and not second.merges_text:
         return f"what follows {first.name} sees chosen keys of single pictures only"

@@ -35,7 +35,7 @@ def is_wrong_order(first, second):
     return (
         (first in LAST and second != "merge_padding")
         or (first == "merge_padding" and second in WORDS)
-        or (first in CORES and second == "merge_padding")
+        or (first in CORES | GRADIENTS and second == "merge_padding")
         or (first, second) == ("scale_dit", "softpag")
     )
 

@@ -85,7 +85,12 @@ def text_maps(call: AttnCall) -> torch.Tensor:
 
 
 def _text_columns(call: AttnCall) -> torch.Tensor:
-    probabilities = logits(call).softmax(-1)
+    scores = logits(call)
+    if call.repeats > 1:  # the last text token stands for so many, which the mask does not say yet
+        several = scores.new_zeros(scores.shape[-1])
+        several[call.layout.text[1] - 1] = math.log(call.repeats)
+        scores = scores + several
+    probabilities = scores.softmax(-1)
     return probabilities[..., slice(*call.layout.text)].mean(1)  # (B, rows, T)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dittune
+from dittune.errors import SelectionError
 from dittune.methods.merge_padding import MergePadding
 from tests.tiny import FAMILIES, latents, sd3
 
@@ -56,6 +57,23 @@ def test_perturbed_heads_see_what_they_saw(settings):
     with dittune.attach(pipe, MergePadding(), method):
         ours = latents(pipe)
     torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["a_star", "attend_and_excite", "conform"])
+def test_the_maps_of_words_are_those_of_all_tokens(name):
+    pipe = sd3()
+    more = {} if name == "a_star" else {"refinements": 0}
+    method = dittune.load_method(name)(concepts="red+circle, blue+square", scale=5.0, **more)
+    settings = {"prompt": "a red circle and a blue square", "max_sequence_length": 100}
+    plain = latents(pipe, steps=3, **settings)
+    with dittune.attach(pipe, method):
+        wanted = latents(pipe, steps=3, **settings)
+    with dittune.attach(pipe, MergePadding(), method):
+        ours = latents(pipe, steps=3, **settings)
+    effect = (wanted - plain).abs().max()
+    assert (ours - wanted).abs().max() < effect / 50
+    with pytest.raises(SelectionError, match="list merge_padding before"):
+        dittune.attach(pipe, method, MergePadding())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
