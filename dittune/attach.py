@@ -10,17 +10,26 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from dittune.class_swap import calling_subclass, owner_of, set_class
 from dittune.denoiser import AttachedModel
-from dittune.errors import AlreadyAttachedError, SeamError, SelectionError, UnsupportedModelError
+from dittune.errors import (
+    AlreadyAttachedError,
+    ConfigError,
+    SeamError,
+    SelectionError,
+    UnsupportedModelError,
+)
 from dittune.method import Method
 from dittune.models import DENOISER_NAMES, available_models
 from dittune.run import Run
 from dittune.scheduler_seam import stepping_from
+from dittune.step_end import with_step_end
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of a pipeline
 
@@ -40,6 +49,7 @@ def attach(target: Any, *methods: Method) -> Attachment:
 
     Raises:
         UnsupportedModelError: no denoiser that dittune knows.
+        ConfigError: a method that begins later than at the first step, for a bare denoiser.
         AlreadyAttachedError: `target` already has an owner.
         SelectionError: a method names a layer or head that does not exist.
         TypeError: something in `methods` is no method.
@@ -62,10 +72,13 @@ class Attachment:
             )
         self.pipe = None if isinstance(target, nn.Module) else target
         self.run: Run | None = None
-        self.last_run: Run | None = None
+        self.last_run: Run | None = None  # of a bare denoiser only
         self._methods = methods
         self._acting = tuple(m for m in methods if not m.is_neutral)
+        self._reports = self._reports_of(None)
         self._undo: list[Callable[[], None]] = []
+        if self.pipe is None:
+            _check_one_step(self._acting)
         # All that can fail comes before anything is changed.
         self._models = [AttachedModel(model, self._acting, self) for model in _denoisers(target)]
         swaps = [swap for model in self._models for swap in model.swaps()]
@@ -99,13 +112,16 @@ class Attachment:
             raise failed[0][1]
 
     def report(self) -> dict[str, Any]:
-        """What each method reports of the last generation, by method name."""
+        """What each method reports of the last generation, by method name; `{}` if it failed."""
+        return self._reports_of(self.last_run) if self.last_run else dict(self._reports)
+
+    def _reports_of(self, run: Run | None) -> dict[str, Any]:
         reports: dict[str, Any] = {}
         for method in self._methods:
             key, i = method.name, 2
             while key in reports:
                 key, i = f"{method.name}-{i}", i + 1
-            reports[key] = method.report(self.last_run) if self.last_run else {}
+            reports[key] = method.report(run) if run else {}
         return reports
 
     # ------------------------------------------------------------------ one generation
@@ -113,16 +129,27 @@ class Attachment:
     def call_pipeline(self, pipe: Any, stock_call: Callable, args: tuple, kwargs: dict) -> Any:
         if self.run is not None:
             raise SeamError("a pipeline runs one generation at a time; wait, or load a second one")
-        self.run = self.last_run = Run()
+        run = self.run = Run()
+        self._reports = self._reports_of(None)
         try:
             self._check_installed()
-            self.run.prompts = _prompts(stock_call, pipe, args, kwargs)
-            if "callback_on_step_end" in inspect.signature(stock_call).parameters:
-                kwargs = self._with_step_end(kwargs)
-            if not any(method.changes_latents for method in self._acting):
-                return stock_call(pipe, *args, **kwargs)
-            with stepping_from(self.run, pipe.scheduler):
-                return stock_call(pipe, *args, **kwargs)
+            run.arguments = _arguments(stock_call, pipe, args, kwargs)
+            run.prompts = _prompts(run.arguments)
+            tells = "callback_on_step_end" in inspect.signature(stock_call).parameters
+            if tells:
+                kwargs = with_step_end(kwargs, run, self._end_step)
+            with ExitStack() as stack:
+                if not tells or any(method.changes_latents for method in self._acting):
+                    ends = None if tells else self._end_step
+                    stack.enter_context(stepping_from(run, getattr(pipe, "scheduler", None), ends))
+                out = stock_call(pipe, *args, **kwargs)
+            if run.num_steps and not run.step:
+                raise UnsupportedModelError(
+                    f"{type(pipe).__name__} ends no step that dittune hears of: it has no "
+                    "callback_on_step_end, and does not step its scheduler"
+                )
+            self._reports = self._reports_of(run)
+            return out
         finally:
             for model in self._models:
                 model.forget_run()
@@ -138,42 +165,22 @@ class Attachment:
         for model in self._models:
             model.check_installed()
 
-    def _with_step_end(self, kwargs: dict) -> dict:
-        """The user's own `callback_on_step_end` still runs, after the methods."""
-        users = kwargs.get("callback_on_step_end")
-        wanted = list(kwargs.get("callback_on_step_end_tensor_inputs", ["latents"]))
-        if users is not None and hasattr(
-            users, "tensor_inputs"
-        ):  # diffusers' PipelineCallback brings its own list
-            wanted = list(users.tensor_inputs)
-
-        def step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-            run, given = self.run, tensors["latents"]
-            assert run is not None  # the pipeline calls this inside of its own call
-            if run.latents is not None:
-                raise SeamError(
-                    f"{type(pipe.scheduler).__name__}.step was not asked to step latents that a "
-                    "method has changed; is it wrapped, or another scheduler used?"
-                )
-            latents = given
-            for method in self._acting:
-                if method.acts_at(run.step, run.num_steps):
-                    latents = method.on_step(run, latents)
-            run.step, run.calls = step + 1, 0
-            changed = {} if latents is given else {"latents": latents}
-            if users is None:
-                return changed
-            shown = {k: v for k, v in tensors.items() if k in wanted}
-            if "latents" in shown:
-                shown["latents"] = latents
-            return {**changed, **(users(pipe, step, timestep, shown) or {})}
-
-        inputs = [*wanted, *(["latents"] if "latents" not in wanted else [])]
-        return {
-            **kwargs,
-            "callback_on_step_end": step_end,
-            "callback_on_step_end_tensor_inputs": inputs,
-        }
+    def _end_step(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the next step starts from."""
+        run = self.run
+        assert run is not None
+        if len(latents) != run.pictures:
+            roles = " and for ".join(next(iter(run.roles_at.values())))
+            raise UnsupportedModelError(
+                f"{type(self.pipe).__name__} makes {len(latents)} pictures, but gives its denoiser "
+                f"{run.pictures} for {roles}: it has rows that dittune does not know; use the "
+                "plain pipeline, or try guidance_scale=1"
+            )
+        for method in self._acting:
+            if method.acts_at(run.step, run.num_steps):
+                latents = method.on_step(run, latents)
+        run.step, run.calls = run.step + 1, 0
+        return latents
 
     def call_model(self, model: nn.Module, stock_call: Callable, args: tuple, kwargs: dict) -> Any:
         seam = next(m for m in self._models if m.model is model)
@@ -190,12 +197,25 @@ class Attachment:
         return seam.call(run, None, stock_call, args, kwargs)
 
 
-def _prompts(stock_call: Callable, pipe: Any, args: tuple, kwargs: dict) -> dict[str, list[str]]:
-    """The prompt of each picture, by pipeline argument; one that is not given is the first one."""
+def _check_one_step(methods: tuple[Method, ...]) -> None:
+    for method in methods:
+        if not method.acts_at(0, 1):
+            raise ConfigError(
+                f"{method.name}: with start={method.start} it never acts: each call of a denoiser "
+                "without its pipeline is a generation of one step; set start=0"
+            )
+
+
+def _arguments(stock_call: Callable, pipe: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a call of the pipeline, by name."""
     try:
-        given = inspect.signature(stock_call).bind_partial(pipe, *args, **kwargs).arguments
+        return inspect.signature(stock_call).bind_partial(pipe, *args, **kwargs).arguments
     except TypeError:  # the pipeline will say so itself
         return {}
+
+
+def _prompts(given: dict[str, Any]) -> dict[str, list[str]]:
+    """The prompt of each picture, by pipeline argument; one that is not given is the first one."""
     if given.get("prompt") is None:
         return {}
     found = {}

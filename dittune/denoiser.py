@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dittune.call import Role
 from dittune.class_swap import calling_subclass, owner_of, set_class
-from dittune.errors import AlreadyAttachedError, SeamError
+from dittune.errors import AlreadyAttachedError, SeamError, UnsupportedModelError
 from dittune.method import Method
 from dittune.models import facts_for
 from dittune.run import Host, ModelInputs, Run
@@ -100,7 +101,7 @@ class AttachedModel:
         for method in reversed(self.active):
             if type(method).around_model is not Method.around_model:
                 around = functools.partial(method.around_model, model=around)
-        roles = self.facts.roles(pipe, kwargs, run.calls)
+        roles = self._roles(run, pipe, kwargs)
         run.calls += 1
         sample = around(ModelInputs(kwargs, roles, self.facts.BATCHED, run))
         if sample is raw[0][0]:
@@ -108,6 +109,28 @@ class AttachedModel:
         if isinstance(raw[0], tuple):
             return (sample, *raw[0][1:])
         return type(raw[0])(**{**raw[0], "sample": sample})
+
+    def _roles(self, run: Run, pipe: Any, kwargs: dict[str, Any]) -> tuple[Role, ...]:
+        """What the chunks of a batch are; asked once a generation for calls that are alike.
+
+        The guidance scale of CogVideoX may change from step to step, and be 1 at one of them.
+        """
+        rows = len(kwargs[self.facts.BATCHED[0]])
+        if run.step >= run.num_steps:
+            raise UnsupportedModelError(
+                f"{type(pipe).__name__} calls its denoiser after the last of {run.num_steps} steps"
+            )
+        if (run.calls, rows) not in run.roles_at:
+            run.roles_at[run.calls, rows] = self.facts.roles(pipe, kwargs, run.calls)
+        roles = run.roles_at[run.calls, rows]
+        pictures = run.pictures or rows // len(roles)
+        if rows != pictures * len(roles):
+            raise UnsupportedModelError(
+                f"{type(pipe).__name__} has {rows} rows in a batch, expected {' and '.join(roles)} "
+                "of each picture; use the plain pipeline"
+            )
+        run.pictures = pictures
+        return roles
 
     def _activate(self, run: Run, device: torch.device) -> None:
         """Build the chains of the methods that act at this step, if they changed."""

@@ -28,10 +28,13 @@ class Run:
         num_steps: number of steps, 0 until the first denoiser call.
         calls: number of denoiser calls the pipeline has made in this step.
         roles: what the chunks of the current batch are.
+        roles_at: those of the pipeline's own calls of the denoiser, by `calls` and rows.
         layouts: token layout of the current denoiser call, by kind and stage of site.
         rows_apart: rows of the current batch where the model attends one at a time; else 0.
         rows_done: how many of them each site, by name, has attended.
         host: what it runs on, known from the first denoiser call on.
+        pictures: number of pictures in each chunk, 0 until the first denoiser call.
+        arguments: of the pipeline's call, by name.
         prompts: the prompt of each picture, by pipeline argument (`prompt`, `prompt_2`, ...); empty
             if the pipeline was given none.
         latents: what this step starts from instead of the pipeline's own latents, of the same shape
@@ -46,10 +49,13 @@ class Run:
         self.num_steps = num_steps
         self.calls = 0
         self.roles: tuple[Role, ...] = ()
+        self.roles_at: dict[tuple[int, int], tuple[Role, ...]] = {}
         self.layouts: dict[tuple[str, int], TokenLayout] = {}
         self.rows_apart = 0
         self.rows_done: dict[str, int] = {}
         self.host: Host | None = None
+        self.pictures = 0
+        self.arguments: dict[str, Any] = {}
         self.prompts: dict[str, list[str]] = {}
         self.latents: torch.Tensor | None = None
         self.unscaled: torch.Tensor | None = None

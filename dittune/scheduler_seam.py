@@ -17,23 +17,38 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from dittune.class_swap import calling_subclass, owner_of, set_class
-from dittune.errors import AlreadyAttachedError, SeamError
+from dittune.errors import AlreadyAttachedError, SeamError, UnsupportedModelError
 from dittune.run import Run, as_it_is
 
 
 @contextmanager
-def stepping_from(run: Run, scheduler: Any) -> Iterator[None]:
+def stepping_from(
+    run: Run, scheduler: Any, end_step: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Iterator[None]:
     """Let the steps of a scheduler start from `run.latents` where a method has set them.
+
+    Args:
+        run: the generation.
+        scheduler: of its pipeline, None if that has none.
+        end_step: gets the latents after each step, gives those to go on with; for pipelines that
+            have no `callback_on_step_end`.
 
     Raises:
         AlreadyAttachedError: another generation is using the scheduler.
+        UnsupportedModelError: there is none.
         SeamError: when a step gets latents of another shape.
     """
+    if scheduler is None:
+        raise UnsupportedModelError(
+            "the pipeline has no scheduler, by which dittune would know of its steps"
+        )
     if owner_of(scheduler) is not None:
         raise AlreadyAttachedError(
             f"this {type(scheduler).__name__} steps another generation; give each pipeline its own"
@@ -55,7 +70,13 @@ def stepping_from(run: Run, scheduler: Any) -> Iterator[None]:
         run.latents = run.unscaled = None
         run.scale = as_it_is
         more = given.pop("kwargs", {})
-        return stock.step(**given, **more)
+        out = stock.step(**given, **more)
+        if end_step is None:
+            return out
+        if isinstance(out, tuple):
+            return (end_step(out[0]), *out[1:])
+        out.prev_sample = end_step(out.prev_sample)
+        return out
 
     def scale_model_input(self, sample, *args, **kwargs):
         scale = functools.partial(_scaled, stock.scale_model_input, self, args, kwargs)

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "dittune/method.py": {"call", "errors", "run"},
     "dittune/heads.py": {"call", "errors"},
     "dittune/scheduler_seam.py": {"class_swap", "errors", "run"},
+    "dittune/step_end.py": {"errors", "run"},
     "dittune/perturbation.py": {"call", "kernels"},
     "dittune/together.py": {"call", "errors", "method"},
     "dittune/padded_row.py": {"call"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     },
     "dittune/guider.py": {"methods", "models", "run", "seam"},
     "dittune/attach.py": {
-        "class_swap", "denoiser", "errors", "method", "models", "run", "scheduler_seam",
+        "class_swap", "denoiser", "errors", "method", "models", "run", "scheduler_seam", "step_end",
     },
     "dittune/words/": {
         "call", "errors", "heads", "method", "run", "scheduler_seam", "uncompiled", "words",

@@ -1,5 +1,7 @@
 """`attach` works with what people do with their pipelines, and says why where it does not."""
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import accelerate
@@ -77,6 +79,30 @@ def test_on_step_runs_once_a_step_and_before_the_callback_of_the_user():
     assert all(names == ["latents", "prompt_embeds"] for _, names, _ in seen)
     torch.testing.assert_close(seen[0][2], alone[0][2] + 1)
     assert torch.equal(result, torch.zeros_like(result))  # what the user returns is kept
+
+
+def test_what_a_generation_remembers_is_gone_when_it_ends():
+    kept = []
+
+    class Big(Method):
+        def around_model(self, inputs, model):
+            tensor = torch.zeros(10)
+            inputs.run.memory(self).tensor = tensor
+            kept.append(weakref.ref(tensor))
+            return model(inputs)
+
+        def report(self, run):
+            return {"tokens": len(run.memory(self).tensor)}
+
+    with dittune.attach(pipe := sd3(), Big()) as handle:
+        assert handle.report() == {"test_attach": {}}
+        latents(pipe, steps=1)
+        gc.collect()
+        assert kept[-1]() is None
+        assert handle.report() == {"test_attach": {"tokens": 10}}
+        with pytest.raises(ValueError, match="divisible"):
+            latents(pipe, steps=1, height=33)
+        assert handle.report() == {"test_attach": {}}
 
 
 def test_a_callback_object_of_diffusers():

@@ -11,6 +11,7 @@ each step. As it sees neither text nor the large picture, one pass of its own is
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,6 +115,7 @@ class ScaleDiT(SparseMethod):
         for site in self.sites(run.host.facts.sites(run.host.model)):
             self._small_grid(layouts[site.kind, site.stage].grid)
         scheduler = copy.deepcopy(run.host.pipe.scheduler)
+        options = _step_options(run, scheduler)
         scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
         times = scheduler.timesteps[-run.num_steps :][run.step :]
         given = inputs.kwargs["timestep"]
@@ -133,7 +135,7 @@ class ScaleDiT(SparseMethod):
             if guess.shape != latents.shape:
                 raise ConfigError("scale_dit: the model's input has channels that are not made, "
                                   "of a mask or a picture; set guide=False")  # fmt: skip
-            latents = scheduler.step(guess, time, latents, return_dict=False)[0]
+            latents = scheduler.step(guess, time, latents, return_dict=False, **options)[0]
         return latents
 
     def _strided(self, inputs: ModelInputs, sample: torch.Tensor) -> torch.Tensor:
@@ -209,6 +211,19 @@ class ScaleDiT(SparseMethod):
 
     def report(self, run: Run) -> dict[str, Any]:
         return super().report(run) | {"guide": hasattr(run.memory(self), "picture")}
+
+
+def _step_options(run: Run, scheduler: Any) -> dict[str, Any]:
+    """What the pipeline gives the steps of its scheduler; its generators are copied, not used."""
+    takes = inspect.signature(scheduler.step).parameters
+    options = {
+        k: run.arguments[k] for k in ("eta", "generator") if k in takes & run.arguments.keys()
+    }
+    given = options.get("generator")
+    if given is not None:
+        many = isinstance(given, list)
+        options["generator"] = [g.clone_state() for g in given] if many else given.clone_state()
+    return options
 
 
 def _near(grid: tuple[int, int, int], heads: int, device: torch.device, backend: str) -> Ready:

@@ -44,9 +44,6 @@ WORD_STAGE = 2
 
 MAX_SIDE = 2**20  # convolutions and attention without positions have no end
 
-# Pipelines by part of their name whose batch has other rows than [uncond, cond].
-OTHER_ROWS = ("PAG", "Pix2Pix", "LEdits", "Semantic")
-
 
 def sites(model: nn.Module) -> list[Site]:
     """Attention sites in execution order: down, middle, up; each kind is counted by itself.
@@ -101,16 +98,7 @@ def sides(model: nn.Module, vae_scale_factor: int) -> range:
 
 
 def roles(pipe: Any, kwargs: dict[str, Any], call: int) -> tuple[str, ...]:
-    """What the chunks of a batch are: rows are [uncond, cond] when guidance is on.
-
-    Raises:
-        UnsupportedModelError: the pipeline is one whose batch has other rows.
-    """
-    name = type(pipe).__name__
-    if any(part in name for part in OTHER_ROWS):
-        raise UnsupportedModelError(
-            f"the batch of {name} has other rows than [uncond, cond]; use the plain pipeline"
-        )
+    """What the chunks of a batch are: rows are [uncond, cond] when guidance is on."""
     guided = getattr(pipe, "do_classifier_free_guidance", False)
     return ("uncond", "cond") if guided else ("cond",)
 

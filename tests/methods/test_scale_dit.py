@@ -2,16 +2,24 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import dittune
 from dittune.errors import ConfigError
 from dittune.run import ModelInputs
-from tests.tiny import FAMILIES, flux, latents, sd3
+from tests.tiny import FAMILIES, flux, latents, sd, sd3
 from tests.tiny_video import wan
 
 
-def scale_dit(**settings):
-    return dittune.ScaleDiT(**{"window": 2, "factor": 2, **settings})
+class Kept(dittune.ScaleDiT):
+    """Tells what it remembers."""
+
+    def report(self, run):
+        return run.memory(self)
+
+
+def scale_dit(kind=dittune.ScaleDiT, **settings):
+    return kind(**{"window": 2, "factor": 2, **settings})
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3.5", "sd"])
@@ -31,13 +39,49 @@ def test_the_small_picture_is_what_the_plain_model_makes():
     noise = torch.randn(1, pipe.transformer.config.in_channels, 16, 16)
     settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
     side = 16 * pipe.vae_scale_factor
-    with dittune.attach(pipe, scale_dit()) as handle:
+    with dittune.attach(pipe, scale_dit(Kept)) as handle:
         pipe("a red circle", latents=noise, height=side, width=side, max_sequence_length=8,
              **settings)  # fmt: skip
-        (memory,) = handle.last_run._memory.values()
+        (memory,) = handle.report().values()
     small = pipe("a red circle", latents=noise[..., ::2, ::2], height=side // 2, width=side // 2,
                  max_sequence_length=8, **settings).images  # fmt: skip
     torch.testing.assert_close(memory.picture, small, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(many):
+    """And that of the pipeline goes on as if no small picture had been made."""
+    pipe = sd()
+    pipe.scheduler = DDPMScheduler(clip_sample=False)
+    settings = {
+        "eta": 1.0,
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        "height": 32,
+        "width": 32,
+    }
+    results, left = [], []
+    for i in range(2):
+        generator = torch.Generator().manual_seed(5)
+        with dittune.attach(pipe, scale_dit()):
+            torch.manual_seed(i)
+            given = [generator] if many else generator
+            results.append(pipe("a red circle", generator=given, **settings).images)
+        left.append(generator.get_state())
+    assert torch.equal(*results)
+    generator.manual_seed(5)
+    plain = pipe("a red circle", generator=generator, **settings).images
+    assert not torch.equal(plain, results[0])
+    assert torch.equal(generator.get_state(), left[0])
+
+
+def test_eta_is_that_of_the_pipeline():
+    pipe, small = sd(), []
+    for eta in (0.0, 1.0):
+        with dittune.attach(pipe, scale_dit(Kept)) as handle:
+            latents(pipe, steps=3, eta=eta)
+            small += [memory.picture for memory in handle.report().values()]
+    assert (small[0] - small[1]).abs().max() > 1e-2
 
 
 def test_the_guide_is_read_once_at_scaled_places(monkeypatch):
