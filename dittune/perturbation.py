@@ -33,7 +33,13 @@ def uniform(call: AttnCall, proceed: Proceed) -> torch.Tensor:
 
 def mean_query(call: AttnCall, rows: tuple[int, int], proceed: Proceed) -> torch.Tensor:
     """All tokens ask with the mean query of `rows`: the limit of `blurred_query`."""
-    mean = call.query[:, :, slice(*rows)].mean(2, keepdim=True)
+    asked, (image, text) = call.query[:, :, slice(*rows)], call.layout[:2]
+    mean = asked.mean(2, keepdim=True)
+    is_joint = text[0] >= image[1] or text[1] <= image[0]  # else the queries are no text
+    if call.repeats > 1 and is_joint and rows[0] < text[1] <= rows[1]:
+        again = call.repeats - 1
+        last = call.query[:, :, text[1] - 1 : text[1]]
+        mean = mean + (last - mean) * (again / (asked.shape[2] + again))
     return _one_query(call, mean, proceed)
 
 
@@ -72,13 +78,12 @@ def argmax(call: AttnCall) -> torch.Tensor:
     batch, heads, rows, dim = call.query.shape
     scale = call.options.get("scale")
     scale = dim**-0.5 if scale is None else scale
-    mask = call.options.get("attn_mask")
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, -torch.inf)
+    mask = _added(call.options.get("attn_mask"))
     chunk = max(1, ARGMAX_LOGITS // (batch * heads * call.key.shape[2]))
-    parts = []
+    exact = torch.promote_types(call.query.dtype, torch.float32)
+    keys, parts = call.key.to(exact).transpose(-1, -2) * scale, []
     for first in range(0, rows, chunk):
-        logits = call.query[:, :, first : first + chunk] @ call.key.transpose(-1, -2) * scale
+        logits = call.query[:, :, first : first + chunk].to(exact) @ keys
         if mask is not None:
             logits = logits + (mask if mask.shape[-2] == 1 else mask[..., first : first + chunk, :])
         index = logits.argmax(-1, keepdim=True).expand(-1, -1, -1, call.value.shape[-1])
@@ -87,8 +92,15 @@ def argmax(call: AttnCall) -> torch.Tensor:
 
 
 def self_and_text(call: AttnCall) -> torch.Tensor:
-    """Image rows see themselves and the text only, `[B, H, image, D]`."""
+    """Image rows see themselves and the (unmasked) text only, `[B, H, image, D]`."""
     image, text = slice(*call.layout.image), slice(*call.layout.text)
+    bias = _added(call.options.get("attn_mask"))
+    if bias is not None:
+        bias = bias[..., image if bias.shape[-2] > 1 else slice(None), text]
+    if call.repeats > 1:
+        again = call.key.new_zeros(text.stop - text.start, dtype=torch.float32)
+        again[-1] = math.log(call.repeats)
+        bias = again if bias is None else bias + again
     return diagonal_columns_attention(
         call.query[:, :, image],
         call.key[:, :, image],
@@ -96,7 +108,15 @@ def self_and_text(call: AttnCall) -> torch.Tensor:
         call.key[:, :, text],
         call.value[:, :, text],
         call.options.get("scale"),
+        bias,
     )
+
+
+def _added(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as what it adds to the logits."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
 
 
 def _one_query(call: AttnCall, query: torch.Tensor, proceed: Proceed) -> torch.Tensor:

@@ -56,8 +56,8 @@ def _apart(one: Method, other: Method) -> str:
     """Why two methods cannot be in use together, "" if they can or if the other way round says."""
     if one.weighs_words and other.chooses_keys:
         return f"{one.name} needs all words of all pictures, {other.name} leaves some out"
-    if one.chooses_keys and other.chooses_keys:
-        return "each chooses the keys that a picture sees"
+    if one.chooses_keys and (other.chooses_keys or other.replaces_attention):
+        return "each chooses the keys that a token sees; give them different sites, or use one"
     return ""
 
 
@@ -65,8 +65,8 @@ def _other_order(first: Method, second: Method) -> str:
     """Why the second method must be listed before the first."""
     if first.merges_text and second.weighs_words:
         return f"what follows {first.name} does not see all words"
-    if (first.replaces_attention or first.changes_latents) and second.merges_text:
+    if second.merges_text and not first.weighs_words and type(first).attend is not Method.attend:
         return f"{first.name} must see the text as it will be"
-    if first.chooses_keys and not second.merges_text:
+    if first.chooses_keys:
         return f"what follows {first.name} sees chosen keys of single pictures only"
     return ""

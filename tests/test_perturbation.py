@@ -175,6 +175,31 @@ def test_cross_attention_has_other_keys_than_queries(name):
     check(method, make_call(method, (1, 3, 4), 0, False, cross=5), [0, 2])
 
 
+@pytest.mark.parametrize("as_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 19])
+def test_image_columns_leave_out_text_that_is_hidden(rows, as_bias):
+    """Hidden padding is as good as cut off; HunyuanVideo and Mochi hide theirs."""
+    method = dittune.SoftPAG(heads="0:1", rows="image", cols="image")
+    call = make_call(method, (2, 2, 3), 7, False)
+    seen = torch.arange(19).expand(1, 1, rows, 19) < 15
+    bias = torch.zeros(1, 1, rows, 19, dtype=torch.float64)
+    mask = bias.masked_fill(~seen, -torch.inf) if as_bias else seen
+    few = call._replace(layout=call.layout._replace(text=(12, 15)))
+    ours = perturbation.self_and_text(call._replace(options={"attn_mask": mask}))
+    torch.testing.assert_close(ours, perturbation.self_and_text(few), atol=1e-12, rtol=0)
+    assert (ours - perturbation.self_and_text(call)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_largest_logit_is_found_in_half_precision(dtype):
+    method = dittune.SoftPAG(heads="0:*", perturbation="argmax")
+    exact = make_call(method, (1, 20, 30), 40, False)
+    rounded = {name: getattr(exact, name).to(dtype) for name in ("query", "key", "value")}
+    wanted = perturbation.argmax(exact._replace(**{k: t.double() for k, t in rounded.items()}))
+    ours = perturbation.argmax(exact._replace(**rounded))
+    assert (ours != wanted).any(-1).sum() <= 1  # of 10240 tokens: float32 may see a tie
+
+
 def test_argmax_in_pieces_is_argmax(monkeypatch):
     method = dittune.SoftPAG(heads="0:*", perturbation="argmax")
     call = make_call(method, (1, 3, 5), 4, False)

@@ -74,7 +74,8 @@ class Isolation(SubjectMethod):
             extra = torch.arange(joined, joined + count)
             foreign, joined = [*foreign, *brought], joined + count
             rest &= ~image_rows(call.layout, length, place.flatten())
-            for tokens, keys in ((looking, extra), (place & ~looking, None)):
+            parts = ((looking, extra), (place & ~looking, None)) if brought else ((place, None),)
+            for tokens, keys in parts:
                 if tokens.any():
                     rows = image_rows(call.layout, length, tokens.flatten())
                     groups.append(row_group(rows, own, call.layout, keys, foreign_bias=self.bias))

@@ -30,8 +30,7 @@ class MergePadding(Method):
     """Merge the equal tokens at the end of the text; exact up to rounding.
 
     List it first, but after `attention_regulation` and `reweight`: methods after it see the shorter
-    text. Where the last tokens differ it does nothing. Not exact beside softpag's `mean_query` over
-    all rows and its `cols="image"`, which count the merged token once.
+    text. Where the last tokens differ it does nothing.
 
     Raises:
         ConfigError: while generating, if the model masks its attention already, or splits its text

@@ -63,11 +63,13 @@ class SparseD(CoreMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.keep <= 1 or self.block < 1 or self.queries < 0:
+        if not 0 < self.keep <= 1 or self.queries < 0:
             raise ConfigError(
-                "sparsed: 0 < keep <= 1, 1 <= block and 0 <= queries, got keep "
-                f"{self.keep}, block {self.block}, queries {self.queries}"
+                f"sparsed: 0 < keep <= 1 and 0 <= queries, got keep {self.keep}, "
+                f"queries {self.queries}"
             )
+        if self.block < 1 or self.block & (self.block - 1):
+            raise ConfigError(f"sparsed: block is a power of two, got {self.block}")
         if self.backend not in BACKENDS:
             raise ConfigError(f"sparsed: backend is one of {BACKENDS}, got {self.backend!r}")
 
@@ -82,6 +84,11 @@ class SparseD(CoreMethod):
         self, inputs: ModelInputs, model: Callable[[ModelInputs], torch.Tensor]
     ) -> torch.Tensor:
         host, memory = inputs.run.host, inputs.run.memory(self)
+        if host.pipe is None and inputs.run.num_steps == 1 and not self.patterns:
+            raise ConfigError(
+                "sparsed: what a step measures is used in later ones, which a denoiser without its "
+                "pipeline has not; attach to the pipeline, or name a file of patterns"
+            )
         layouts = host.facts.layouts(host.model, inputs.kwargs)
         device = inputs.kwargs[inputs.batched[0]].device
         if not hasattr(memory, "ready"):

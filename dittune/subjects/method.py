@@ -72,6 +72,8 @@ class SubjectMethod(Method):
         names = self.labels
         if len(set(names)) < len(names):
             raise ConfigError(f"{self.name}: a subject is given twice in {self.subjects!r}")
+        if self.masks and not names:
+            raise ConfigError(f"{self.name}: masks say where subjects are; name those in subjects")
         if self.references < 0:
             raise ConfigError(f"{self.name}: references is a number of pictures")
         for name in ("keep", "cover"):

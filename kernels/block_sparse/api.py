@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -40,7 +41,8 @@ def block_sparse_attention(
         rule: of the partial blocks, `none`, `window`, `disc` or `bits`.
         scale: of the logits; `D ** -0.5` if None.
         backend: `auto`, `triton` (CUDA), `flex` (CUDA, FlexAttention), `cpu` or `reference`
-            (dense, anywhere). `auto` takes the first of these that can run.
+            (dense, anywhere). `auto` takes the first of these that can run; a warning says why
+            if that is `reference`.
 
     Returns:
         Output `[B, H, Sq, D]` in the type of `query`, and the natural log of the sum of
@@ -83,7 +85,14 @@ def choose_backend(query: torch.Tensor, task: Task, backend: str = "auto") -> st
     if backend == "auto":
         if query.device.type == "cpu":
             return "cpu"
-        return next(name for name, reason in reasons.items() if reason is None)
+        backend = next(name for name, reason in reasons.items() if reason is None)
+        if backend == "reference":
+            warnings.warn(
+                "no kernel can skip blocks here, so all are computed; triton: "
+                f"{reasons['triton']}; flex: {reasons['flex']}",
+                stacklevel=3,
+            )
+        return backend
     if backend not in reasons:
         raise ValueError(f"the back-end is auto or one of {list(reasons)}, got {backend!r}")
     if reasons[backend] is not None:

@@ -12,10 +12,11 @@ def diagonal_columns_attention(
     column_key: torch.Tensor,
     column_value: torch.Tensor,
     scale: float | None = None,
+    column_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Row `i` attends to key `i` and to all columns; the `S x S` map is never formed.
 
-    Softmax over `1 + C` logits a row, at least in float32; time and memory are `S (1 + C)`.
+    Logits, `1 + C` a row, and their softmax are at least float32; time and memory are `S (1 + C)`.
 
     Args:
         query: `[B, H, S, D]`.
@@ -24,6 +25,8 @@ def diagonal_columns_attention(
         column_key: `[B, H, C, D]`; `C` may be 0, then the result is `value`.
         column_value: `[B, H, C, D]`.
         scale: of the logits; `D ** -0.5` if None.
+        column_bias: added to the scaled logits of the columns, broadcast to `[B, H, S, C]`; -inf
+            hides a column. None adds nothing.
 
     Returns:
         `[B, H, S, D]` in the type of `value`.
@@ -36,9 +39,12 @@ def diagonal_columns_attention(
             "a diagonal needs as many queries as keys, got "
             f"{query.shape[2]}, {key.shape[2]} and {value.shape[2]} rows"
         )
-    own = (query * key).sum(-1, keepdim=True)  # (B, H, S, 1)
-    logits = torch.cat([own, query @ column_key.transpose(-1, -2)], dim=-1)  # (B, H, S, 1 + C)
-    at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
+    exact = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    weights = torch.softmax(logits * scale, dim=-1, dtype=at_least_fp32).to(value.dtype)
+    query = query.to(exact) * scale
+    own = (query * key.to(exact)).sum(-1, keepdim=True)  # (B, H, S, 1)
+    logits = query @ column_key.to(exact).transpose(-1, -2)  # (B, H, S, C)
+    if column_bias is not None:
+        logits = logits + column_bias
+    weights = torch.cat([own, logits], dim=-1).softmax(-1).to(value.dtype)
     return weights[..., :1] * value + weights[..., 1:] @ column_value

@@ -89,6 +89,14 @@ def test_dropped_rows_are_isolated_still_but_see_no_reference():
     assert len(seen) > 2
 
 
+def test_rows_are_split_only_where_a_reference_shows_the_subject():
+    """What is drawn for `keep` matters to rows that would look at a reference."""
+    call, settings = call_of("image first"), {"subjects": SUBJECTS, "references": 2}
+    for keep in (0.5, 1.0):
+        plans = run_plan(Isolation(**settings, keep=keep), call, shares=False)
+        assert [len(plan.groups) for plan in plans] == [3]  # two subjects and the rest
+
+
 def test_one_subject_has_nobody_to_be_kept_from():
     call = call_of("image first")
     one = [masks[:1] for masks in MASKS]
@@ -206,6 +214,7 @@ def test_wrong_settings_are_refused():
         ({"cover": -0.1}, "cover is in"),
         ({"bias": math.nan}, "bias is a finite number"),
         ({"references": -1}, "references is a number"),
+        ({"masks": "0,0,1,1: red circle"}, "masks say where subjects are; name those"),
         ({"subjects": "red circle, red+circle"}, "given twice"),
         ({"layers": "x"}, "layers are written"),
     ):

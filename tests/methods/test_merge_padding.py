@@ -46,6 +46,8 @@ def test_sd3_without_t5_is_the_same_with_one_zero_token(guidance_scale):
         {"heads": "1:0,2:1", "perturbation": "uniform"},
         {"heads": "1:0,2:1", "perturbation": "blurred_query"},
         {"heads": "1:0,2:1", "perturbation": "mean_query", "rows": "image"},
+        {"heads": "1:0,2:1", "perturbation": "mean_query"},
+        {"heads": "1:0,2:1", "rows": "image", "cols": "image"},
         {"heads": "1:0,2:1", "perturbation": "temperature"},
         {"heads": "1:0,2:1", "perturbation": "argmax"},
     ],
@@ -57,6 +59,8 @@ def test_perturbed_heads_see_what_they_saw(settings):
     with dittune.attach(pipe, MergePadding(), method):
         ours = latents(pipe)
     torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=1e-3)
+    with pytest.raises(SelectionError, match="list merge_padding before softpag"):
+        dittune.attach(pipe, method, MergePadding())
 
 
 @pytest.mark.parametrize("name", ["a_star", "attend_and_excite", "conform"])

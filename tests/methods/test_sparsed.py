@@ -277,7 +277,8 @@ def test_heads_computed_apart_are_refused():
     ("settings", "match"),
     [
         ({"keep": 0.0}, "0 < keep <= 1"),
-        ({"block": 0}, "1 <= block"),
+        ({"block": 0}, "a power of two, got 0"),
+        ({"block": 96}, "a power of two, got 96"),
         ({"queries": -1}, "0 <= queries"),
         ({"backend": "gather"}, "backend is one of"),
     ],
@@ -285,3 +286,29 @@ def test_heads_computed_apart_are_refused():
 def test_wrong_settings(settings, match):
     with pytest.raises(ConfigError, match=match):
         dittune.SparseD(**settings)
+
+
+def test_a_denoiser_by_itself_needs_patterns(tmp_path):
+    """Each of its calls is a generation: what is measured there is never used."""
+    pipe = wan()
+    text = torch.randn(1, 4, 32)
+    inputs = {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([5])}
+    settings = {"block": BLOCK, "keep": 0.1}
+
+    def call():
+        with torch.no_grad():
+            return pipe.transformer(encoder_hidden_states=text, **inputs).sample
+
+    plain = call()
+    with pytest.raises(ConfigError, match=r"start=0\.2 it never acts.* set start=0"):
+        dittune.attach(pipe.transformer, dittune.SparseD(**settings))
+    with (
+        dittune.attach(pipe.transformer, dittune.SparseD(start=0.0, **settings)),
+        pytest.raises(ConfigError, match="attach to the pipeline, or name a file of patterns"),
+    ):
+        call()
+    method = dittune.SparseD(start=0.0, patterns=str(tmp_path / "p.safetensors"), **settings)
+    with dittune.attach(pipe.transformer, method) as handle:
+        assert torch.equal(call(), plain)  # measures, and writes the file
+        assert not torch.equal(call(), plain)
+        assert handle.report()["sparsed"]["computed"] < 0.9
