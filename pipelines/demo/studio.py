@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from dittune.errors import DittuneError
+from dittune.models import DENOISER_NAMES
 from dittune.pipelines.arguments import makes_videos
 from dittune.pipelines.demo.preview import decode
 from dittune.pipelines.pipeline import Pipeline, Result
@@ -87,7 +88,7 @@ class Watch:
 
 
 class WatchedPipeline(Pipeline):
-    """A pipeline that is lent to one request: tells each step, and stops between two.
+    """A pipeline that is lent to one request: tells each step, and stops when that is cancelled.
 
     Attributes:
         title: what is being made, for the news.
@@ -165,9 +166,18 @@ class Studio:
         while not lock.acquire(timeout=POLL):
             watch.check()
             watch.tell(News("Waiting for the model", 0.0))
+        pipe = self.pipe(model)
+        denoisers = [pipe.components[name] for name in DENOISER_NAMES if name in pipe.components]
+        hooks = [
+            denoiser.register_forward_pre_hook(lambda *_: watch.check())  # a step may call it often
+            for denoiser in denoisers
+            if denoiser is not None
+        ]
         try:
-            yield WatchedPipeline(self.pipe(model), self._pipes[model].name, watch)
+            yield WatchedPipeline(pipe, self._pipes[model].name, watch)
         finally:
+            for hook in hooks:
+                hook.remove()
             lock.release()
 
     def run(self, user: str, work: Callable[[Watch], Any]) -> Iterator[News]:

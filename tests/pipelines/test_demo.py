@@ -32,7 +32,7 @@ from dittune.pipelines.demo.page import build, launch  # noqa: E402
 from dittune.pipelines.demo.parts import configuration  # noqa: E402
 from dittune.pipelines.demo.preview import decode  # noqa: E402
 from dittune.pipelines.demo.story_tab import StoryTab  # noqa: E402
-from dittune.pipelines.demo.studio import CANCELLED, Studio  # noqa: E402
+from dittune.pipelines.demo.studio import CANCELLED, Cancelled, Studio, Watch  # noqa: E402
 from dittune.pipelines.demo.video_tab import VideoTab  # noqa: E402
 
 pytestmark = IGNORED
@@ -323,6 +323,25 @@ def test_cancel_restores_the_model_by_identity(tabs, model, studio):
     with studio._locks[model]:  # given back
         assert installed(pipe) == before and type(pipe) is type(tiny.sd3())
     assert not studio._running and tab.after not in update
+
+
+def test_cancel_does_not_wait_for_the_end_of_a_step(model, studio):
+    """Some methods call the denoiser twenty times in one."""
+    watch, pipe, calls = Watch(), studio.pipe(model), []
+
+    def count(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            watch.stop()
+
+    counting = pipe.transformer.register_forward_pre_hook(count)
+    method = dittune.AttendAndExcite(concepts="red, circle", scale=0.01)
+    with pytest.raises(Cancelled), studio.lend(model, watch) as lent:
+        lent.methods = [method]
+        lent(PROMPT, seed=7, num_inference_steps=2, height=32, width=32)
+    assert len(calls) == 3
+    counting.remove()
+    assert not pipe.transformer._forward_pre_hooks
 
 
 def test_users_do_not_see_each_other(tabs, model):
