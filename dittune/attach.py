@@ -169,7 +169,7 @@ class Attachment:
         """What the next step starts from."""
         run = self.run
         assert run is not None
-        if len(latents) != run.pictures:
+        if run.pictures and len(latents) != run.pictures:
             roles = " and for ".join(next(iter(run.roles_at.values())))
             raise UnsupportedModelError(
                 f"{type(self.pipe).__name__} makes {len(latents)} pictures, but gives its denoiser "

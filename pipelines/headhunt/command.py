@@ -58,8 +58,7 @@ def headhunt_command(
         raise ConfigError(f"--out is the file for the heads, such as heads.yaml, got {out}")
     team = Team()
     method = dict(config.methods["softpag"])
-    if method.pop("heads"):
-        raise ConfigError("softpag.heads is what a search finds; leave it out")
+    method.pop("heads")  # those of a preset
     if method.pop("first") is not None:
         raise ConfigError("softpag.first cuts a list of heads; a search tries each alone")
     device = team.device(config.device)

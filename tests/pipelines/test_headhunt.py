@@ -338,7 +338,6 @@ def test_out_is_a_file_that_nothing_else_is_written_to(saved, tmp_path, capsys, 
     ("content", "says"),
     [
         ("methods: {softpag: {first: 2}}", "softpag.first cuts a list of heads"),
-        ("methods: {softpag: {heads: '0:1'}}", "softpag.heads is what a search finds"),
         ("size: 96x64", "squares with a side that is a multiple of 64"),
     ],
 )
