@@ -49,7 +49,7 @@ class Run:
         self.num_steps = num_steps
         self.calls = 0
         self.roles: tuple[Role, ...] = ()
-        self.roles_at: dict[tuple[int, int], tuple[Role, ...]] = {}
+        self.roles_at: dict[tuple[int, int], tuple[str, ...]] = {}
         self.layouts: dict[tuple[str, int], TokenLayout] = {}
         self.rows_apart = 0
         self.rows_done: dict[str, int] = {}
