@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dittune.errors import SeamError
+from dittune.errors import SeamError, UnsupportedModelError
 from dittune.run import Run
 
 
@@ -33,6 +33,10 @@ def with_step_end(
                 "method has changed; is it wrapped, or another scheduler used?"
             )
         given = tensors["latents"]
+        if not isinstance(given, torch.Tensor):
+            raise UnsupportedModelError(
+                f"{type(pipe).__name__} tells its callback no latents, got {type(given).__name__}"
+            )
         latents = end_step(given)
         run.step = step + 1
         changed = {} if latents is given else {"latents": latents}

@@ -8,6 +8,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     StableDiffusion3PAGPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionAdapterPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionUpscalePipeline,
@@ -117,6 +118,19 @@ def test_a_pipeline_whose_steps_cannot_be_counted_is_refused():
         pytest.raises(UnsupportedModelError, match="has no scheduler, by which"),
     ):
         pipe(calls=2)
+
+
+def test_a_callback_that_is_told_no_latents_is_refused():
+    class Untold(StableDiffusion3Pipeline):
+        def __call__(self, prompt, callback_on_step_end=None, **settings):
+            callback_on_step_end(self, 0, 999, {"latents": None})
+
+    pipe = silent(Untold(**sd3().components))
+    with (
+        dittune.attach(pipe, Nothing()),
+        pytest.raises(UnsupportedModelError, match="Untold tells its callback no latents, got Non"),
+    ):
+        pipe("a red circle")
 
 
 def test_rows_that_no_role_explains_are_refused():

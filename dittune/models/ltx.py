@@ -1,7 +1,8 @@
 """LTX-Video: `LTXVideoTransformer3DModel`.
 
 A block has a self attention over all tokens of the video, row-major by frame, then a cross
-attention to the text under a mask of its padding. The denoiser gets the video packed into tokens.
+attention to the text under a mask of its padding. The denoiser gets the video packed into tokens;
+frames of conditions may come before it.
 """
 
 from __future__ import annotations
@@ -52,18 +53,37 @@ def roles(pipe: Any, kwargs: dict[str, Any], call: int) -> tuple[str, ...]:
 
 def layouts(model: nn.Module, kwargs: dict[str, Any]) -> dict[tuple[str, int], TokenLayout]:
     """Token layout of each kind and stage of site for the inputs of one denoiser call."""
-    patch = model.config.patch_size
-    grid = (
-        kwargs["num_frames"] // model.config.patch_size_t,
-        kwargs["height"] // patch,
-        kwargs["width"] // patch,
-    )
-    video = grid[0] * grid[1] * grid[2]
+    patch, first = model.config.patch_size, 0
+    if kwargs.get("video_coords") is not None:
+        first, grid = _from_coords(kwargs["video_coords"][0].cpu())
+    else:
+        grid = (
+            kwargs["num_frames"] // model.config.patch_size_t,
+            kwargs["height"] // patch,
+            kwargs["width"] // patch,
+        )
+    last = first + grid[0] * grid[1] * grid[2]
     text = kwargs["encoder_hidden_states"].shape[1]
     return {
-        ("self", 0): TokenLayout((0, video), (video, video), grid),
-        ("cross", 0): TokenLayout((0, video), (0, text), grid),
+        ("self", 0): TokenLayout((first, last), (last, last), grid),
+        ("cross", 0): TokenLayout((first, last), (0, text), grid),
     }
+
+
+def _from_coords(coords: torch.Tensor) -> tuple[int, tuple[int, int, int]]:
+    """First token of the video, and its grid, from the time, row and column of each token `[3, S]`.
+
+    Frames of conditions are as large as those of the video, come before it, and are later than 0.
+    """
+    size = _alike_at_the_end(coords[0])  # of a frame
+    width = min(size, _alike_at_the_end(coords[1]))
+    times = coords[0, ::size]
+    before = int((times == times.min()).nonzero()[-1])
+    return before * size, (len(times) - before, size // width, width)
+
+
+def _alike_at_the_end(numbers: torch.Tensor) -> int:
+    return int((numbers == numbers[-1]).flip(0).long().cumprod(0).sum())
 
 
 def latents(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:

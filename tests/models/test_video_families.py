@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from diffusers import LTXConditionPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from PIL import Image
 
 import dittune
 from dittune.errors import ConfigError, SelectionError
 from dittune.models import facts_for
-from tests.tiny import denoiser, latents
+from tests.tiny import denoiser, latents, silent
 from tests.tiny_video import (
     VIDEO_FAMILIES,
     cogvideox,
@@ -263,3 +266,32 @@ def test_a_row_of_mochi_that_fails_is_not_counted_into_the_next_call():
         with pytest.raises(RuntimeError, match="True"):
             latents(pipe, guidance_scale=3.0)
         latents(pipe, guidance_scale=3.0)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
+@pytest.mark.parametrize("frames", [(), (0,), (8, 4)])
+def test_frames_of_conditions_come_before_the_video_of_ltx(frames):
+    """Those of frame 0 are mixed into it. The denoiser gets coordinates instead of sides."""
+    pipe = silent(LTXConditionPipeline(**VIDEO_FAMILIES["ltx"]().components))
+    picture = Image.new("RGB", (64, 32), (200, 30, 30))
+    conditions = [LTXVideoCondition(image=picture, frame_index=frame) for frame in frames]
+
+    def make():
+        settings = {"width": 64, "height": 32, "num_frames": 9, "max_sequence_length": 8}
+        return pipe(
+            conditions=conditions, prompt="a red circle", num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0), output_type="latent", **settings,
+        ).frames  # fmt: skip
+
+    plain = make()
+    CALLS.clear()
+    with dittune.attach(pipe, Watch()):
+        assert torch.equal(make(), plain)
+    (_, (self_call, cross_call, *_)), *_ = CALLS
+    before = 128 * sum(frame > 0 for frame in frames)
+    assert self_call.layout[:3] == ((before, before + 384), (before + 384,) * 2, (3, 8, 16))
+    assert cross_call.layout[:3] == ((before, before + 384), (0, 8), (3, 8, 16))
+    assert self_call.query.shape[2] == before + 384
+    with dittune.attach(pipe, dittune.Natten(frames=1, window=3, start=0.0)) as handle:
+        assert not torch.equal(make(), plain)
+        assert handle.report()["natten"]["self"]["image_density"] == 9 / 384
