@@ -279,7 +279,7 @@ def test_frames_of_conditions_come_before_the_video_of_ltx(frames):
     def make():
         settings = {"width": 64, "height": 32, "num_frames": 9, "max_sequence_length": 8}
         return pipe(
-            conditions=conditions, prompt="a red circle", num_inference_steps=2,
+            conditions=conditions or None, prompt="a red circle", num_inference_steps=2,
             generator=torch.Generator().manual_seed(0), output_type="latent", **settings,
         ).frames  # fmt: skip
 
