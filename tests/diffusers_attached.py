@@ -6,11 +6,11 @@ installed. In a checkout of it, without its `src` so that the installed one is t
     pip install parameterized requests_mock
     mkdir plugin && cp DITTUNE/tests/diffusers_attached.py plugin
     export PYTHONPATH=plugin:DITTUNE HF_HUB_OFFLINE=1
-    pytest -p diffusers_attached -rA tests/pipelines/flux/test_pipeline_flux.py > plain.txt
+    pytest -p diffusers_attached -rA tests/pipelines/{flux,wan,...} > plain.txt
     DITTUNE_ATTACH=1 pytest -p diffusers_attached -rA ... > attached.txt
 
-What is PASSED in one list must be PASSED in the other, but for processors that dittune refuses
-(IP-Adapter, attention slicing). The small tokenizers and configurations that the tests want from
+What is PASSED in one list must be PASSED in the other, but for what dittune refuses: IP-Adapter,
+attention slicing, batches with other rows (InstructPix2Pix), pipelines without a denoiser. The small tokenizers and configurations that the tests want from
 the hub are stood in for; those that compare with recorded numbers then fail, with and without.
 """
 
@@ -25,12 +25,13 @@ from dittune.class_swap import owner_of
 from dittune.pipelines.bench import DoNothing
 from dittune.samples.shapes import models
 
+FAMILIES = ("StableDiffusion", "Flux", "CogVideoX", "LTX", "Wan", "HunyuanVideo", "Mochi")
 PIPELINES = [
-    diffusers.StableDiffusionPipeline,
-    diffusers.StableDiffusionXLPipeline,
-    diffusers.StableDiffusion3Pipeline,
-    diffusers.FluxPipeline,
-]
+    cls
+    for name in dir(diffusers)
+    if name.startswith(FAMILIES) and name.endswith("Pipeline")
+    and "__call__" in vars(cls := getattr(diffusers, name))
+]  # fmt: skip
 
 
 def attached(stock):
