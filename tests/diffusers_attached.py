@@ -10,8 +10,9 @@ installed. In a checkout of it, without its `src` so that the installed one is t
     DITTUNE_ATTACH=1 pytest -p diffusers_attached -rA ... > attached.txt
 
 What is PASSED in one list must be PASSED in the other, but for what dittune refuses: IP-Adapter,
-attention slicing, batches with other rows (InstructPix2Pix), pipelines without a denoiser. The small tokenizers and configurations that the tests want from
-the hub are stood in for; those that compare with recorded numbers then fail, with and without.
+attention slicing, batches with other rows (InstructPix2Pix), pipelines without a denoiser. The
+small tokenizers and configurations that the tests want from the hub are stood in for; those that
+compare with recorded numbers then fail, with and without.
 """
 
 import functools
