@@ -155,8 +155,12 @@ class Pipeline:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{type(self.pipe).__name__} takes no {name!r}{hint}")
         arguments = dict(signature.bind(*args, **kwargs).arguments)
-        if isinstance(arguments.get("prompt"), (list, tuple)) and not arguments["prompt"]:
-            raise ConfigError("the list of prompts is empty")
+        prompt, negative = arguments.get("prompt"), arguments.get("negative_prompt")
+        if isinstance(prompt, (list, tuple)):
+            if not prompt:
+                raise ConfigError("the list of prompts is empty")
+            if isinstance(negative, str):  # for all of them, which not every pipeline takes
+                arguments["negative_prompt"] = [negative] * len(prompt)
         return arguments
 
     def _add_generators(self, arguments: dict[str, Any], seed: Any) -> list[int] | None:

@@ -44,6 +44,18 @@ def test_each_image_of_a_call_has_a_seed_of_its_own(saved):
     assert np.array_equal(pixels(by_hand)[0], second)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_negative_prompt_serves_all_prompts(family):
+    pipe = dittune.Pipeline(FAMILIES[family]())
+    guide = {"true_cfg_scale": 3.0} if family == "flux" else {"guidance_scale": 3.0}
+    prompts = ["a red circle", "a blue ring"]
+    one = pipe(prompts, negative_prompt="a square", seed=5, **guide, **SMALL)
+    each = pipe(prompts, negative_prompt=["a square"] * 2, seed=5, **guide, **SMALL)
+    without = pipe(prompts, seed=5, **guide, **SMALL)
+    assert np.array_equal(pixels(one), pixels(each))
+    assert not np.array_equal(pixels(one), pixels(without))
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
