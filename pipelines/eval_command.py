@@ -19,8 +19,8 @@ from dittune.pipelines.arguments import call_settings, check_numbers
 from dittune.pipelines.eval_table import against_sweep, as_markdown, summarize
 from dittune.pipelines.evaluate import Variant, evaluate, load_prompts
 from dittune.pipelines.headhunt.objectives import load_objective
-from dittune.pipelines.loading import fingerprint, placed
-from dittune.pipelines.pipeline import Pipeline, public_name
+from dittune.pipelines.loading import fingerprint, placed, public_name
+from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import claim
 from dittune.pipelines.scorers import check_readable, scorer_for
 from dittune.pipelines.team import Team

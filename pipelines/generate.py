@@ -16,10 +16,10 @@ import dittune
 from dittune.config import RunConfig, build_methods
 from dittune.errors import ConfigError
 from dittune.pipelines.arguments import call_settings, check_numbers, makes_videos
-from dittune.pipelines.loading import fingerprint
+from dittune.pipelines.loading import fingerprint, public_name
 from dittune.pipelines.map_pictures import WatchWords, sheet
 from dittune.pipelines.media import read_record, save_png
-from dittune.pipelines.pipeline import Pipeline, public_name
+from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.video import save_video
 
 WATCHING = ("map_pictures", "head_pictures")  # they change nothing, and records leave them out

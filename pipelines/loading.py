@@ -71,6 +71,12 @@ def locate(name_or_path: str) -> str:
     return str(folder)
 
 
+def public_name(name_or_path: str) -> str:
+    """What a record may say of a model: of a local folder its own name only."""
+    folder = local_path(name_or_path)
+    return folder.resolve().name if os.path.isdir(folder) else name_or_path
+
+
 def fingerprint(name_or_path: str) -> str | None:
     """Tells weights of one name apart: a hash of names, sizes and ends of the safetensors.
 

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import inspect
 import numbers
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ import torch
 import dittune
 from dittune.attach import attach
 from dittune.errors import CheckpointError, ConfigError, DittuneError
-from dittune.local_path import local_path
+from dittune.kernels.errors import BackendError
 from dittune.method import Method
 from dittune.models import DENOISER_NAMES, facts_for
-from dittune.pipelines.loading import locate, pick_device, pick_dtype, quiet
+from dittune.pipelines.loading import locate, pick_device, pick_dtype, public_name, quiet
 
 MAX_SEED = 2**63 - 1
 
@@ -119,8 +118,8 @@ class Pipeline:
             progress: show a progress bar on standard error.
 
         Raises:
-            ConfigError: an argument the pipeline does not have, no prompt, a seed out of range, or
-                a size it cannot make.
+            ConfigError: an argument the pipeline does not have, no prompt, a seed out of range, a
+                size it cannot make, or a method's back-end that cannot run here.
             DittuneError: out of memory, or pictures of nan; says what to lower.
         """
         signature = inspect.signature(self.pipe.__call__)
@@ -138,6 +137,8 @@ class Pipeline:
                 "the pixels came out as nan; lower the guidance scale and the scales of methods, "
                 "or choose dtype float32 or bfloat16"
             ) from error
+        except BackendError as error:
+            raise ConfigError(str(error)) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -235,12 +236,6 @@ class Pipeline:
                 "transformers": transformers.__version__,
             },
         }
-
-
-def public_name(name_or_path: str) -> str:
-    """What a record may say of a model: of a local folder its own name only."""
-    folder = local_path(name_or_path)
-    return folder.resolve().name if os.path.isdir(folder) else name_or_path
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

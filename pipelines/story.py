@@ -16,9 +16,9 @@ from dittune.errors import ConfigError
 from dittune.method import Method
 from dittune.pipelines.arguments import call_settings
 from dittune.pipelines.generate import load
-from dittune.pipelines.loading import fingerprint
+from dittune.pipelines.loading import fingerprint, public_name
 from dittune.pipelines.media import grid, read_record, save_png
-from dittune.pipelines.pipeline import Pipeline, public_name
+from dittune.pipelines.pipeline import Pipeline
 from dittune.pipelines.row_log import RowLog
 from dittune.pipelines.scorers import check_readable
 from dittune.pipelines.segment import Segmenter, load_segmenter, write_masks

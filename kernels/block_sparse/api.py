@@ -10,6 +10,7 @@ import torch
 from dittune.kernels.block_sparse.lists import BlockLists, Task, check, unpack
 from dittune.kernels.block_sparse.op import backend_module, block_sparse_op
 from dittune.kernels.block_sparse.reference import block_sparse_reference
+from dittune.kernels.errors import BackendError
 from dittune.kernels.triton_support import why_not_triton
 
 
@@ -50,7 +51,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes, types or devices do not fit, or a back-end of that name does not exist.
-        RuntimeError: the back-end that was asked for cannot run here; the message says why.
+        BackendError: the back-end that was asked for cannot run here; the message says why.
     """
     task = unpack(tensors, block, rule, query.shape[-1] ** -0.5 if scale is None else scale)
     check(query, key, value, task)
@@ -96,7 +97,7 @@ def choose_backend(query: torch.Tensor, task: Task, backend: str = "auto") -> st
     if backend not in reasons:
         raise ValueError(f"the back-end is auto or one of {list(reasons)}, got {backend!r}")
     if reasons[backend] is not None:
-        raise RuntimeError(f"the back-end {backend!r} cannot run: {reasons[backend]}")
+        raise BackendError(f"the back-end {backend!r} cannot run: {reasons[backend]}")
     return backend
 
 

@@ -6,6 +6,7 @@ import importlib
 
 import torch
 
+from dittune.kernels.errors import BackendError
 from dittune.kernels.routed_attention import gather
 from dittune.kernels.routed_attention.reference import routed_reference
 from dittune.kernels.triton_support import why_not_triton
@@ -45,7 +46,7 @@ def routed_attention(
 
     Raises:
         ValueError: shapes, types or devices do not fit, or a back-end of that name does not exist.
-        RuntimeError: the back-end that was asked for cannot run here; the message says why.
+        BackendError: the back-end that was asked for cannot run here; the message says why.
     """
     if count is None:
         count = start.diff()[None]
@@ -99,7 +100,7 @@ def choose_backend(query: torch.Tensor, backend: str = "auto") -> str:
     if backend not in reasons:
         raise ValueError(f"the back-end is auto or one of {list(reasons)}, got {backend!r}")
     if reasons[backend] is not None:
-        raise RuntimeError(f"the back-end {backend!r} cannot run: {reasons[backend]}")
+        raise BackendError(f"the back-end {backend!r} cannot run: {reasons[backend]}")
     return backend
 
 

@@ -115,6 +115,13 @@ def test_out_of_memory_says_what_to_lower(saved, error):
         pipe("a red circle", **SMALL)
 
 
+def test_a_back_end_that_cannot_run_here(saved):
+    method = dittune.Clear(radius=2, backend="flex")
+    pipe = dittune.Pipeline.from_pretrained(str(saved), methods=[method])
+    with pytest.raises(ConfigError, match="'flex' cannot run: it needs CUDA tensors, got cpu"):
+        pipe("a red circle", **SMALL)
+
+
 def test_pixels_of_nan_are_an_error(saved):
     pipe = dittune.Pipeline.from_pretrained(str(saved))
     with pytest.raises(DittuneError, match="pixels came out as nan; lower the guidance scale"):
