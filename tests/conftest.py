@@ -11,6 +11,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Several processes for the whole suite, none for parts of it, slow, GPU and browser tests."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(4, os.cpu_count()) if is_whole and "not slow" in config.option.markexpr else 0
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
