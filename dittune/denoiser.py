@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -84,6 +85,8 @@ class AttachedModel:
             kwargs.update(kwargs.pop("kwargs", {}))
         if not run.num_steps:
             run.num_steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+            if any(method.makes_pictures for method in self.methods):
+                run.scheduler = copy.deepcopy(pipe.scheduler)
         run.host = Host(pipe, self.inner, self.facts)
         self._activate(run, kwargs[self.facts.BATCHED[0]].device)
         raw: list[Any] = []

@@ -42,6 +42,8 @@ class Run:
         unscaled: the latents of this step as the pipeline gave them to the scheduler for scaling;
             None if it does not scale.
         scale: how the scheduler turns latents into the sample of this step.
+        scheduler: a copy of the pipeline's from before the first step. Only for methods with
+            `makes_pictures`.
     """
 
     def __init__(self, num_steps: int = 0):
@@ -60,6 +62,7 @@ class Run:
         self.latents: torch.Tensor | None = None
         self.unscaled: torch.Tensor | None = None
         self.scale: Callable[[torch.Tensor], torch.Tensor] = as_it_is
+        self.scheduler: Any = None
         self._memory: dict[int, SimpleNamespace] = {}
 
     def expect(self, facts: ModuleType, model: Any, kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ the timestep nor the text.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -105,6 +106,28 @@ def takes_latents(scheduler: Any) -> bool:
     if hasattr(scheduler, "order_list"):  # DPM-Solver, single-step
         return scheduler.order_list[scheduler.step_index or 0] == 1
     return getattr(scheduler, "state_in_first_order", True)
+
+
+def starting_at(scheduler: Any, first: int) -> Any:
+    """A copy of a scheduler that has not stepped yet, to be stepped from `timesteps[first]` on."""
+    found = copy.deepcopy(scheduler)
+    if hasattr(found, "set_begin_index"):
+        found.set_begin_index(first)
+        found._step_index = None  # which the scaling of a sample may have set
+    return found
+
+
+def step_options(run: Run, scheduler: Any) -> dict[str, Any]:
+    """What the pipeline gives the steps of its scheduler; its generators are copied, not used."""
+    takes = inspect.signature(scheduler.step).parameters
+    options = {
+        k: run.arguments[k] for k in ("eta", "generator") if k in takes & run.arguments.keys()
+    }
+    given = options.get("generator")
+    if given is not None:
+        many = isinstance(given, list)
+        options["generator"] = [g.clone_state() for g in given] if many else given.clone_state()
+    return options
 
 
 def _scaled(stock, scheduler, args, kwargs, sample):

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     },
     "dittune/methods/": {
         "call", "errors", "heads", "kernels", "method", "patterns", "perturbation", "run",
-        "sparse", "subjects", "uncompiled", "words",
+        "scheduler_seam", "sparse", "subjects", "uncompiled", "words",
     },
     "dittune/models/": {"call", "errors"},
     "dittune/patterns/": {"errors", "patterns"},

@@ -11,7 +11,8 @@ each step. As it sees neither text nor the large picture, one pass of its own is
 from __future__ import annotations
 
 import copy
-import inspect
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from dittune.call import AttnCall, Role, TokenLayout
 from dittune.errors import ConfigError
 from dittune.patterns import Box, Plan, SameWindow, TokenOrder, best_order
 from dittune.run import ModelInputs, Run
+from dittune.scheduler_seam import starting_at, step_options, takes_latents
 from dittune.sparse.method import SparseMethod
 from dittune.sparse.plan import Place, Ready, choose_backend, image_plan
 from dittune.uncompiled import uncompiled
@@ -30,6 +32,7 @@ from dittune.uncompiled import uncompiled
 Model = Callable[[ModelInputs], torch.Tensor]
 
 GUIDE_REACH = 2  # how far tokens of the small picture see each other
+CONTROL = re.compile("controlnet|additional_residual")  # arguments of the size of the large picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +117,20 @@ class ScaleDiT(SparseMethod):
         layouts = run.host.facts.layouts(run.host.model, inputs.kwargs)
         for site in self.sites(run.host.facts.sites(run.host.model)):
             self._small_grid(layouts[site.kind, site.stage].grid)
-        scheduler = copy.deepcopy(run.host.pipe.scheduler)
-        options = _step_options(run, scheduler)
-        scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
-        times = scheduler.timesteps[-run.num_steps :][run.step :]
-        given = inputs.kwargs["timestep"]
-        ratio = given.flatten()[0] / times[0]
-        sample = inputs.kwargs[name]
+        now = copy.deepcopy(run.host.pipe.scheduler)
+        first = len(now.timesteps) - run.num_steps + run.step
+        sample, time = inputs.kwargs[name], now.timesteps[first]
         latents = self._strided(inputs, sample[: len(sample) // len(inputs.roles)])
-        latents = latents / scaled(torch.ones_like(latents), times[0])
-        for time in times:
+        if hasattr(now, "scale_model_input"):
+            latents = latents / now.scale_model_input(torch.ones_like(latents), time)
+        given = inputs.kwargs["timestep"]
+        is_time = math.isclose(given.flatten()[0], time, rel_tol=0.01)  # FLUX wants thousandths
+        ratio = 1 if is_time else 1 / now.config.num_train_timesteps
+        first += not takes_latents(now)  # in the middle of a step of second order
+        scheduler = starting_at(run.scheduler, first)
+        options = step_options(run, scheduler)
+        scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
+        for time in scheduler.timesteps[first:]:
             timestep = torch.full_like(given, float(time * ratio))
             small = self._small(inputs, scaled(latents, time), timestep, spread=1)
             parts = model(small).chunk(len(inputs.roles))
@@ -151,7 +158,7 @@ class ScaleDiT(SparseMethod):
         self, inputs: ModelInputs, latents: torch.Tensor, timestep: torch.Tensor, spread: int
     ) -> ModelInputs:
         """The call for a small picture, whose tokens are `spread` apart where ids tell."""
-        kwargs = {k: v for k, v in inputs.kwargs.items() if "controlnet" not in k}
+        kwargs = {k: v for k, v in inputs.kwargs.items() if not CONTROL.search(k)}
         kwargs[inputs.batched[0]] = latents.repeat(len(inputs.roles), *[1] * (latents.ndim - 1))
         kwargs["timestep"] = timestep
         if "img_ids" in kwargs:
@@ -211,19 +218,6 @@ class ScaleDiT(SparseMethod):
 
     def report(self, run: Run) -> dict[str, Any]:
         return super().report(run) | {"guide": hasattr(run.memory(self), "picture")}
-
-
-def _step_options(run: Run, scheduler: Any) -> dict[str, Any]:
-    """What the pipeline gives the steps of its scheduler; its generators are copied, not used."""
-    takes = inspect.signature(scheduler.step).parameters
-    options = {
-        k: run.arguments[k] for k in ("eta", "generator") if k in takes & run.arguments.keys()
-    }
-    given = options.get("generator")
-    if given is not None:
-        many = isinstance(given, list)
-        options["generator"] = [g.clone_state() for g in given] if many else given.clone_state()
-    return options
 
 
 def _near(grid: tuple[int, int, int], heads: int, device: torch.device, backend: str) -> Ready:

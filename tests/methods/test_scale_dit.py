@@ -1,8 +1,22 @@
 """Scale-DiT: the small picture, the pass that reads it, and who sees what of it."""
 
+import functools
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    ControlNetModel,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    UniPCMultistepScheduler,
+)
 
 import dittune
 from dittune.errors import ConfigError
@@ -73,6 +87,68 @@ def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(many):
     plain = pipe("a red circle", generator=generator, **settings).images
     assert not torch.equal(plain, results[0])
     assert torch.equal(generator.get_state(), left[0])
+
+
+class Times(Kept):
+    """Remembers when the model was asked for the small picture."""
+
+    def _small(self, inputs, latents, timestep, spread):
+        inputs.run.memory(self).times = [
+            *getattr(inputs.run.memory(self), "times", []),
+            float(timestep.flatten()[0]),
+        ]
+        return super()._small(inputs, latents, timestep, spread)
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs
+@pytest.mark.parametrize("start", [0.0, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [
+        (sd, functools.partial(PNDMScheduler, skip_prk_steps=True)),
+        (sd, EulerDiscreteScheduler),
+        (sd, DPMSolverMultistepScheduler),
+        (sd, DEISMultistepScheduler),
+        (sd, UniPCMultistepScheduler),
+        (sd, HeunDiscreteScheduler),
+        (sd, KDPM2DiscreteScheduler),
+        (sd3, FlowMatchHeunDiscreteScheduler),
+        (
+            sd3,
+            functools.partial(
+                UniPCMultistepScheduler, prediction_type="flow_prediction", use_flow_sigmas=True
+            ),
+        ),
+    ],
+)
+def test_the_small_picture_begins_where_the_method_starts(family, scheduler, start):
+    """With no trace of the large picture's steps before; pairs of second order begin anew."""
+    pipe = family()
+    pipe.scheduler = scheduler()
+    with dittune.attach(pipe, scale_dit(Times, start=start)) as handle:
+        made = latents(pipe, steps=4, guidance_scale=4.0, height=32, width=32)
+        (memory,) = handle.report().values()
+    times = pipe.scheduler.timesteps.tolist()
+    step = next(i for i in range(len(times)) if i / len(times) >= start)
+    if pipe.scheduler.order == 2 or isinstance(pipe.scheduler, PNDMScheduler) and step == 1:
+        step += step % 2
+    assert memory.times[:-1] == pytest.approx(times[step:])
+    assert memory.times[-1] == 0.0  # the pass that reads it
+    assert memory.picture.shape[-1] * 2 == made.shape[-1]
+    assert memory.picture.isfinite().all() and made.isfinite().all()
+
+
+def test_control_is_for_the_large_picture():
+    pipe = sd()
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    pipe = StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=control, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with dittune.attach(pipe, scale_dit()) as handle:
+        pipe("a red circle", image=torch.rand(1, 3, 32, 32), height=32, width=32,
+             num_inference_steps=2, output_type="latent")  # fmt: skip
+        assert handle.report()["scale_dit"]["guide"] is True
 
 
 def test_eta_is_that_of_the_pipeline():
