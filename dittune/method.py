@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from dittune.call import AttnCall, Site
 from dittune.errors import ConfigError
 from dittune.run import ModelInputs, Run
+
+NUMBERS = {"int": Integral, "float": Real}  # by annotation, which is text in this package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class Method:
         stop: share of the steps after which it no longer acts, in [start, 1].
 
     Raises:
-        ConfigError: `start` and `stop` are not ordered shares.
+        ConfigError: `start` and `stop` are not ordered shares, or a setting that is a number by its
+            annotation, `int` or `float`, is none.
     """
 
     start: float = 0.0
@@ -36,6 +40,10 @@ class Method:
     changes_latents: ClassVar[bool] = False  # before a step, through `run.latents`
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, known = getattr(self, field.name), NUMBERS.get(field.type)
+            if known and not (isinstance(value, known) and type(value) is not bool):
+                raise ConfigError(f"{self.name}: {field.name} is {field.type}, got {value!r}")
         if not 0.0 <= self.start <= self.stop <= 1.0:
             raise ConfigError(
                 f"{self.name}: start and stop are shares of the steps with 0 <= start <= stop <= 1,"

@@ -65,7 +65,8 @@ class Clear(SparseMethod):
         scale = super().scale(call)
         if not self.base_tokens:
             return scale
-        keys = call.key.shape[2] * (10 if self.pooled else 1)  # as the authors' code does
+        keys = call.key.shape[2] + call.repeats - 1
+        keys *= 10 if self.pooled else 1  # as the authors' code does
         scale = call.query.shape[3] ** -0.5 if scale is None else scale
         return scale * math.sqrt(math.log(keys) / math.log(self.base_tokens))
 

@@ -21,7 +21,8 @@ class Natten(SparseMethod):
     In a video windows are boxes of frames, rows and columns; the published one for HunyuanVideo at
     720p has `frames=18, window=24`.
 
-    On an axis with fewer tokens than the window (a deep stage of a UNet) all of them are seen.
+    On an axis with fewer tokens than the window (a deep stage of a UNet) all of them are seen;
+    where it has room for the window but not for its gaps, these get smaller.
 
     Args:
         window: tokens of a window's side.
@@ -50,9 +51,9 @@ class Natten(SparseMethod):
 
     def plan(self, place: Place) -> Plan:
         grid = place.layout.grid
-        dilation = tuple(min(self.dilation, size) for size in grid)
         sides = self.frames or self.window, self.window, self.window
-        window = tuple(min(side, n // d) for side, n, d in zip(sides, grid, dilation, strict=True))
+        window = tuple(map(min, sides, grid))
+        dilation = tuple(min(self.dilation, n // side) for n, side in zip(grid, window))
         stride = tuple(min(self.stride, size) for size in window)
         pattern = Neighborhood(grid, window, stride, dilation)
         return image_plan(place, pattern, best_order(pattern, grid, place.block))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from dittune.sparse.measured import (
     best_blocks,
     block_mass,
     frame_of,
-    load_patterns,
+    patterns_at,
     plan_of,
     save_patterns,
 )
@@ -103,8 +102,8 @@ class SparseD(CoreMethod):
             about = self._about(type(host.model).__name__, layouts)
             if memory.about not in ({}, about):
                 raise ConfigError("sparsed: a file of patterns is for one size; the size changed")
-            if not memory.about and Path(self.patterns).exists():
-                memory.kept = load_patterns(self.patterns, about)
+            if not memory.about:
+                memory.kept = patterns_at(self.patterns, about)
             memory.about = about
             self._take_loaded(memory, sites, layouts, device)
         out = model(inputs)
@@ -152,14 +151,14 @@ class SparseD(CoreMethod):
 
     def _measure(self, call: AttnCall, frame: Frame, name: str) -> Ready:
         memory, order = call.run.memory(self), frame.plan.queries.permutation
-        query, key = call.query.detach(), call.key.detach()
+        query, key, last = call.query.detach(), call.key.detach(), call.layout.text[1] - 1
         if order is not None:
             order = order.to(query.device)
-            query, key = order.permute(query), order.permute(key)
+            query, key, last = order.permute(query), order.permute(key), int(order.inverse[last])
         real_text = self.real_text(call)
         count = None if real_text is None else frame.plan.key_count({"after": real_text})
         scale = call.options.get("scale") or query.shape[-1] ** -0.5
-        mass = block_mass(query, key, scale, frame, count)
+        mass = block_mass(query, key, scale, frame, count, (last, call.repeats))
         kept = best_blocks(mass, frame, self.keep)
         inside = mass[..., slice(*frame.image)]
         memory.shares.append((inside * kept).sum() / inside.sum())
@@ -194,8 +193,9 @@ class SparseD(CoreMethod):
             used -= len(plan.heads) * (rows * columns - image**2)
             every += len(plan.heads) * image**2
         recall = {"recall": float(torch.stack(memory.shares).mean())} if memory.shares else {}
-        share, measured = used / every, int(bool(memory.shares))
-        computed = self.computed(run, share, dense_steps=measured)
+        share = used / every
+        measured = {step for step, _ in memory.ready.values() if step >= 0}  # of each denoiser one
+        computed = self.computed(run, share, dense_steps=len(measured))
         return {"sites": len(plans), "image_density": share, "computed": computed, **recall}
 
 

@@ -107,6 +107,7 @@ class Vmoba(CoreMethod):
         chunks: Chunks = state.at[key_of(call.layout)]
         many, scale = len(chunks.mean), call.options.get("scale")
         if many == 1 or (self.select == "query" and most_chunks(self.keep, many) == many):
+            self._note(call, 1.0)
             return stock(call)
         real_text, video = self.real_text(call), len(chunks.owner)
         query, key, value = (
@@ -118,9 +119,9 @@ class Vmoba(CoreMethod):
             scores = mean @ query[:, :, :video].to(exact).transpose(2, 3)  # (B, H, C, N)
             choose = by_query if self.select == "query" else by_head
             chosen = choose(scores, chunks.owner, self.keep)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # a sum over all that was chosen
             share = (chosen.float().mean((0, 1, 3)) * chunks.start.diff()[:many]).sum() / video
-            vars(call.run.memory(self)).setdefault("shares", []).append(share)
+            self._note(call, share)
         parts = len(chunks.start) - 1
         rest = len(chunks.order) - video, parts - many  # queries and chunks that are not chosen
         chosen = torch.nn.functional.pad(chosen, (0, rest[0], 0, rest[1]), value=True)
@@ -133,10 +134,19 @@ class Vmoba(CoreMethod):
         out, lse = out.index_select(2, chunks.inverse), lse.index_select(2, chunks.inverse)
         return out if call.repeats == 1 else count_again(out, lse, call, scale)
 
+    def _note(self, call: AttnCall, share: torch.Tensor | float) -> None:
+        if not torch.compiler.is_compiling():
+            vars(call.run.memory(self)).setdefault("shares", []).append(share)
+
     def report(self, run: Run) -> dict[str, Any]:
-        """Share of the pairs of video tokens computed: in sparse steps and layers, and of all."""
+        """Share of the pairs of video tokens computed: in sparse steps and layers, and of all.
+
+        Empty where it was not seen, in compiled code.
+        """
         shares = getattr(run.memory(self), "shares", [])
-        share = float(torch.stack(shares).mean()) if shares else 1.0
+        if not shares:
+            return {}
+        share = sum(map(float, shares)) / len(shares)
         return {"image_density": share, "computed": self.computed(run, share)}
 
 

@@ -38,7 +38,8 @@ class Local(Pattern):
     @property
     def limit(self) -> int:
         """Squared distances are integers: those below `limit` are below `radius ** 2`."""
-        return math.ceil(self.radius**2)
+        limit = math.ceil(self.radius**2)  # of the root of 2 it is 3, for want of digits
+        return limit if math.sqrt(limit - 1) < self.radius else limit - 1
 
     def allows(self, query, key):
         return (query - key).square().sum(-1) < self.limit

@@ -114,9 +114,16 @@ def make_plan(
         The plan, with tensors on the CPU.
 
     Raises:
-        ConfigError: a pair of segments without rule or a rule without segments; a segment that does
-            not start on a block; padding inside a block.
+        ConfigError: a pair of segments without rule or a rule without segments; a pattern of
+            another grid; a segment that does not start on a block; padding inside a block.
     """
+    if min(block) < 1:
+        raise ConfigError(f"a block has at least 1 token on each side, got {tuple(block)}")
+    grids = {segment.name: segment.order.grid for segment in queries.segments}
+    for (name, _), rule in rules.items():
+        made_for = getattr(rule, "grid", None)
+        if made_for is not None and made_for != grids.get(name, made_for):
+            raise ConfigError(f"{rule} is for another grid than {grids[name]}, that of {name!r}")
     frozen = tuple(sorted(rules.items(), key=lambda item: item[0]))
     is_geometry = not any(isinstance(rule, GivenBlocks) for _, rule in frozen)
     build = _build if is_geometry else _build.__wrapped__
@@ -140,6 +147,8 @@ def per_head(plans: ListOf[Plan], heads: ListOf[int]) -> Plan:
         ConfigError: the plans differ in sequences or block sizes, are per head already, or a head
             names a plan that is not there.
     """
+    if not plans:
+        raise ConfigError("plans of heads are at least one, got none")
     first = plans[0]
     for plan in plans:
         same = (plan.queries, plan.keys, plan.block) == (first.queries, first.keys, first.block)
@@ -157,7 +166,7 @@ def per_head(plans: ListOf[Plan], heads: ListOf[int]) -> Plan:
         first.keys,
         first.block,
         tuple(plan.rules[0] for plan in plans),
-        first.exact,
+        all(plan.exact for plan in plans),
         tuple(plan.layouts[0] for plan in plans),
         tuple(heads),
     )

@@ -67,7 +67,7 @@ class Sequence:
             sizes of the plan.
 
     Raises:
-        ConfigError: two segments of one name, or no segment.
+        ConfigError: two segments of one name, no segment, or an `align` below 1.
     """
 
     segments: tuple[Segment, ...]
@@ -77,6 +77,8 @@ class Sequence:
         names = [segment.name for segment in self.segments]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"a sequence has segments with different names, got {names}")
+        if self.align < 1:
+            raise ConfigError(f"align is at least 1, got {self.align}")
 
     @cached_property
     def spans(self) -> dict[str, tuple[int, int]]:

@@ -38,12 +38,12 @@ class TileCost(NamedTuple):
     @property
     def bound(self) -> float:
         """Bound of the speed-up over dense attention if all wait for the worst tile."""
-        return self.total / self.worst
+        return self.total / self.worst if self.worst else math.inf
 
     @property
     def mean_bound(self) -> float:
         """Bound of the speed-up over dense attention if work is spread evenly."""
-        return self.total / self.mean
+        return self.total / self.mean if self.mean else math.inf
 
 
 def tile_cost(

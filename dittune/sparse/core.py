@@ -96,20 +96,27 @@ class CoreMethod(Method):
             return stock(call)
         return self.core(stock, state, call)
 
-    def computed(self, run: Run, share: float, dense_steps: int = 0) -> float:
-        """Share of the pairs of image tokens computed in a generation, all layers and steps alike.
+    def computed(
+        self, run: Run, share: float | dict[tuple[str, str], float], dense_steps: int = 0
+    ) -> float:
+        """Share of the pairs of image tokens computed in a generation, all layers and steps.
 
         Args:
             run: the generation.
-            share: of them, where the method acts.
+            share: of them, where the method acts; one number, or one by kind and stage of the site.
             dense_steps: steps at which it acts, but leaves attention dense.
         """
         sites = run.host.facts.sites(run.host.model)
         own = self.sites(sites)
         kinds = {site.kind for site in own}
-        layers = len(own) / sum(site.kind in kinds for site in sites)
+        every = sum(_pairs(run, site) for site in sites if site.kind in kinds)
+        spared = sum(
+            _pairs(run, site)
+            * (1 - (share if isinstance(share, float) else share[site.kind, site.stage]))
+            for site in own
+        )
         acts = sum(self.acts_at(step, run.num_steps) for step in range(run.num_steps))
-        return 1 - layers * (1 - share) * max(0, acts - dense_steps) / max(run.num_steps, 1)
+        return 1 - spared / every * max(0, acts - dense_steps) / max(run.num_steps, 1)
 
     def real_text(self, call: AttnCall) -> torch.Tensor | None:
         """How many of the first text tokens are no padding, int `[B]`; None without a mask.
@@ -127,3 +134,9 @@ class CoreMethod(Method):
                 f"{mask.dtype} {list(mask.shape)}"
             )
         return mask[..., slice(*call.layout.text)].sum(-1).flatten()
+
+
+def _pairs(run: Run, site: Site) -> int:
+    """Of image tokens at a site."""
+    first, last = run.layouts[site.kind, site.stage].image
+    return (last - first) ** 2

@@ -53,6 +53,7 @@ def block_mass(
     scale: float,
     frame: Frame,
     key_count: torch.Tensor | None = None,
+    repeated: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """Mean probability with which image queries of a block look at a block, `[H, nq, nk]`.
 
@@ -62,6 +63,7 @@ def block_mass(
         scale: of the logits.
         frame: the blocks.
         key_count: real keys of each block, int `[1 or B, nk]`; None are those of the plan.
+        repeated: place of the one key that stands for several, and for how many.
 
     Returns:
         Rows of image blocks, columns of all blocks, in at least float32; means over the batch.
@@ -69,8 +71,9 @@ def block_mass(
     size = frame.plan.block[1]
     count = frame.plan.tensors["key_count"] if key_count is None else key_count
     is_real = torch.arange(size, device=key.device) < count[..., None]  # (1 or B, nk, size)
-    hidden = ~is_real.flatten(1)[:, : key.shape[2]]
     exact = torch.promote_types(query.dtype, torch.float32)
+    bias = is_real.flatten(1)[:, : key.shape[2]].to(exact).log()  # 0 or -inf
+    bias[:, repeated[0]] += math.log(repeated[1])
     columns, many = count.shape[1], frame.asked.shape[1]
     mass = torch.zeros(query.shape[1], len(frame.asked), columns, dtype=exact, device=key.device)
     at_once = max(1, PROBABILITIES_AT_ONCE // (many * key.shape[2]))
@@ -80,7 +83,7 @@ def block_mass(
             for i in range(0, len(frame.asked), at_once):
                 rows = frame.asked[i : i + at_once]
                 logits = query[b, head][rows.flatten()].to(exact) @ keys
-                found = logits.masked_fill(hidden[b % len(hidden)], -math.inf).softmax(-1)
+                found = (logits + bias[b % len(bias)]).softmax(-1)
                 found = torch.nn.functional.pad(found, (0, columns * size - found.shape[1]))
                 found = found.unflatten(1, (columns, size)).sum(2)
                 mass[head, i : i + at_once] += found.unflatten(0, (len(rows), many)).mean(1)
@@ -142,6 +145,24 @@ def save_patterns(path: str | Path, about: dict[str, Any], kept: dict[str, torch
     os.replace(part, path)
 
 
+def patterns_at(path: str | Path, about: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The patterns of a file, or none where there is no file yet, but can be.
+
+    Raises:
+        ConfigError: as `load_patterns`, or its folder cannot be made or written to.
+    """
+    if Path(path).exists():
+        return load_patterns(path, about)
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise ConfigError(f"sparsed: cannot write patterns to {path}: {error}") from error
+    return {}
+
+
 def load_patterns(path: str | Path, about: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The patterns of a file that was written for the same settings, model and geometry.
 
@@ -152,9 +173,9 @@ def load_patterns(path: str | Path, about: dict[str, Any]) -> dict[str, torch.Te
 
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {})["sparsed"])
+            found = dict(json.loads((file.metadata() or {})["sparsed"]))
             kept = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"sparsed: {path} is no file of patterns it has written: {error}"
         ) from error

@@ -67,10 +67,12 @@ class SparseMethod(CoreMethod):
         run, memory = inputs.run, inputs.run.memory(self)
         facts, model = run.host.facts, run.host.model
         layouts = facts.layouts(model, inputs.kwargs)
+        device = inputs.kwargs[inputs.batched[0]].device
         if layouts == getattr(memory, "layouts", None):
+            for at, ready in memory.ready.items():  # another generation may have dropped it
+                built_by(self, *at, device).get(layouts[at], lambda ready=ready: ready)
             return
         memory.layouts, memory.ready = layouts, {}
-        device = inputs.kwargs[inputs.batched[0]].device
         for site in self.sites(facts.sites(model)):
             at = site.kind, site.stage
             if at not in memory.ready:
@@ -97,5 +99,5 @@ class SparseMethod(CoreMethod):
         places = {
             f"{kind} {stage}" if stage else kind: r.report for (kind, stage), r in ready.items()
         }
-        share = sum(r["image_density"] for r in places.values()) / max(len(places), 1)
+        share = {at: r.report["image_density"] for at, r in ready.items()}
         return {**places, "computed": self.computed(run, share)} if places else {}

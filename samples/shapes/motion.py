@@ -160,6 +160,7 @@ def parse(text: str) -> MotionRequest:
         ValueError: the text is not in the grammar (says at which words).
     """
     words = " ".join(text.lower().replace(",", " and ").rstrip(" .").split())
+    words = words.replace(" and and ", " and ")  # a comma before "and"
     words, on, background = words.partition(" on ")
     parts, motions = [], []
     for part in words.split(" and "):

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dittune.samples.shapes import data, models
-from dittune.samples.shapes.trainer import Trainer
+from dittune.samples.shapes.trainer import Trainer, processes
 
 
 def train(
@@ -26,7 +26,7 @@ def train(
     given = None if init is None else AutoencoderKL.from_pretrained(init / "vae").float()
     vae = (given or models.build_autoencoder()).to(memory_format=torch.channels_last)
     pictures = data.scene_pictures(30_000, seed=1, marked=marked)
-    generator = torch.Generator()
+    generator, (rank, world_size) = torch.Generator(), processes()
 
     def compute(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = vae.encode(x).latent_dist
@@ -37,8 +37,9 @@ def train(
         return recon, posterior.kl().mean() / posterior.mean[0].numel()
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
-        generator.manual_seed(step)  # so that a resumed run goes on with new scenes
-        index = torch.randint(len(pictures), (batch,), generator=generator)
+        # So that a resumed run goes on with new scenes, and each process has its own.
+        generator.manual_seed(step * world_size + rank)
+        index = torch.randint(len(pictures), (batch // world_size,), generator=generator)
         x = data.to_unit(pictures[index]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             recon, kl = compute(x)
@@ -47,6 +48,8 @@ def train(
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     trainer = Trainer(vae, [optimizer], loss_fn, work, steps)
     trainer.run()
+    if rank > 0:
+        return
     vae.load_state_dict(trainer.ema)
     vae.eval()
     if init is None:

@@ -147,10 +147,13 @@ class Trainer:
         if self.world_size == 1:
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        flat = nn.utils.parameters_to_vector(gradients)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # in any memory format
         dist.all_reduce(flat)
         flat /= self.world_size
-        nn.utils.vector_to_parameters(flat, gradients)
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view(gradient.shape))
 
     @torch.no_grad()
     def _update_ema(self) -> None:

@@ -63,6 +63,27 @@ def test_perturbed_heads_see_what_they_saw(settings):
         dittune.attach(pipe, method, MergePadding())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        dittune.Natten(window=3),
+        dittune.Clear(radius=1.5, pooled=2),
+        dittune.Clear(radius=1.5, base_tokens=10),
+        dittune.Vmoba(start=0.0, chunks="1x2x2"),
+        dittune.ScaleDiT(window=2, factor=2),
+    ],
+    ids=repr,
+)
+def test_sparse_attention_scales_as_before(method):
+    pipe = sd3()
+    settings = {"steps": 3, "max_sequence_length": 100, "guidance_scale": 4.0}
+    with dittune.attach(pipe, method):
+        wanted = latents(pipe, **settings)
+    with dittune.attach(pipe, MergePadding(), method):
+        ours = latents(pipe, **settings)
+    torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["a_star", "attend_and_excite", "conform"])
 def test_the_maps_of_words_are_those_of_all_tokens(name):
     pipe = sd3()

@@ -130,7 +130,7 @@ def test_the_small_picture_begins_where_the_method_starts(family, scheduler, sta
         (memory,) = handle.report().values()
     times = pipe.scheduler.timesteps.tolist()
     step = next(i for i in range(len(times)) if i / len(times) >= start)
-    if pipe.scheduler.order == 2 or isinstance(pipe.scheduler, PNDMScheduler) and step == 1:
+    if pipe.scheduler.order == 2 or (isinstance(pipe.scheduler, PNDMScheduler) and step == 1):
         step += step % 2
     assert memory.times[:-1] == pytest.approx(times[step:])
     assert memory.times[-1] == 0.0  # the pass that reads it

@@ -59,6 +59,21 @@ def test_mass_is_the_mean_of_the_maps(before, after):
     torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass.sum(-1)))
 
 
+def test_a_key_that_stands_for_several_has_their_mass():
+    many, few = frame(after=7), frame(after=5)
+    query, key = tensors_for(many)
+    (image, _), (text, _) = (many.plan.queries.spans[name] for name in ("image", "after"))
+    assert (image, text) == tuple(few.plan.queries.spans[name][0] for name in ("image", "after"))
+    last = text + 4
+    key[:, :, last + 1 : last + 3] = key[:, :, last : last + 1]
+    short = few.plan.queries.slots
+    wanted = measured.block_mass(query, key, 0.3, many)[..., : text // BLOCK]
+    given = query[:, :, :short], key[:, :, :short], 0.3, few
+    found = measured.block_mass(*given, repeated=(last, 3))[..., : text // BLOCK]
+    assert (found - wanted).abs().max() < 1e-12
+    assert (measured.block_mass(*given)[..., : text // BLOCK] - wanted).abs().max() > 1e-3
+
+
 def test_padding_of_text_has_no_mass_and_few_queries_agree_with_all():
     one = frame(after=7, is_masked=True)
     query, key = tensors_for(one)

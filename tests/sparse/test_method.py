@@ -225,7 +225,7 @@ def test_what_it_refuses():
 
 def test_a_longer_sequence_scales_the_logits():
     call_scale = dittune.Clear(base_tokens=10).scale
-    call = type("Call", (), {"query": torch.zeros(1, 1, 100, 4), "options": {}})()
+    call = type("Call", (), {"query": torch.zeros(1, 1, 100, 4), "options": {}, "repeats": 1})()
     call.key = call.query
     assert call_scale(call) == pytest.approx(0.5 * math.sqrt(2))
     assert dittune.Clear(base_tokens=10, pooled=2).scale(call) == pytest.approx(0.5 * math.sqrt(3))
