@@ -110,11 +110,10 @@ class CoreMethod(Method):
         own = self.sites(sites)
         kinds = {site.kind for site in own}
         every = sum(_pairs(run, site) for site in sites if site.kind in kinds)
-        spared = sum(
-            _pairs(run, site)
-            * (1 - (share if isinstance(share, float) else share[site.kind, site.stage]))
-            for site in own
-        )
+        spared = 0.0
+        for site in own:
+            here = share[site.kind, site.stage] if isinstance(share, dict) else share
+            spared += _pairs(run, site) * (1 - here)
         acts = sum(self.acts_at(step, run.num_steps) for step in range(run.num_steps))
         return 1 - spared / every * max(0, acts - dense_steps) / max(run.num_steps, 1)
 

@@ -150,9 +150,8 @@ class Trainer:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # in any memory format
         dist.all_reduce(flat)
         flat /= self.world_size
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view(gradient.shape))
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dittune
 from dittune.call import TokenLayout
@@ -267,6 +268,35 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     path.write_bytes(b"no such thing")
     with pytest.raises(ConfigError, match="is no file of patterns"):
         run()
+
+
+def test_each_of_two_denoisers_has_a_dense_step():
+    pipe = wan22()
+    with dittune.attach(pipe, dittune.SparseD(start=0.0, block=4, keep=0.1)) as handle:
+        latents(pipe, steps=4)
+        report = handle.report()["sparsed"]
+    assert report["computed"] == pytest.approx((2 + 2 * report["image_density"]) / 4)
+
+
+@pytest.mark.parametrize("about", ["[]", "null", '"text"', "{"])
+def test_a_file_with_other_metadata_is_refused(about, tmp_path):
+    path = tmp_path / "patterns.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"sparsed": about})
+    with pytest.raises(ConfigError, match=r"sparsed: .* (is no file|was measured with)"):
+        measured.load_patterns(path, {"keep": 0.3})
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    pipe, calls = wan(), []
+    pipe.transformer.patch_embedding.register_forward_pre_hook(lambda *_: calls.append(1))
+    method = dittune.SparseD(**SETTINGS, patterns=str(tmp_path / "file" / "patterns"))
+    with (
+        dittune.attach(pipe, method),
+        pytest.raises(ConfigError, match="sparsed: cannot write patterns to"),
+    ):
+        latents(pipe)
+    assert not calls
 
 
 def test_the_size_may_change_without_a_file_not_with_one(tmp_path):

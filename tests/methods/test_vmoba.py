@@ -168,6 +168,22 @@ def test_is_attention_by_definition(build, backend):
     assert (found[1] - plain).abs().max() > 1e-3 and (found[1] - found[0]).abs().max() > 1e-3
 
 
+def test_layers_with_one_chunk_count_as_dense():
+    pipe = sd3()  # three layers; time cannot be cut
+    with dittune.attach(pipe, dittune.Vmoba(start=0.0, chunks="7x1x1, 1x2x2")) as handle:
+        latents(pipe, steps=1)
+        assert handle.report()["vmoba"]["computed"] == pytest.approx((1 + 1 / 4 + 1) / 3)
+
+
+def test_compiled_code_reports_nothing():
+    pipe = wan()
+    for block in pipe.transformer.blocks:
+        block.compile(backend="eager")
+    with dittune.attach(pipe, dittune.Vmoba(start=0.0, chunks="1x2x2")) as handle:
+        latents(pipe, steps=1)
+        assert handle.report() == {"vmoba": {}}
+
+
 def test_some_of_many_chunks_by_definition():
     pipe, settings = wan(), {"steps": 1, "height": 32, "width": 32}
     with dittune.attach(pipe, Explicit(((3, 2, 2),), 4)):

@@ -1,5 +1,7 @@
 """Each pattern against its definition, written out again cell by cell."""
 
+import math
+
 import pytest
 import torch
 
@@ -163,6 +165,12 @@ def test_radial_blocks(grid, sink):
             wanted |= filled > 0.6 * some
     assert torch.equal(RadialBlocks(pattern).keep(block, block), wanted)
     assert wanted.any(1).all()
+
+
+@pytest.mark.parametrize("square", [*range(1, 40), 10**6 + 1])
+def test_a_disc_has_no_token_at_its_radius(square):
+    assert Local(math.sqrt(square)).limit == square
+    assert Local(math.sqrt(square) + 1e-6).limit == square + 1
 
 
 @pytest.mark.parametrize(

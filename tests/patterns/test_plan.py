@@ -190,6 +190,8 @@ def test_heads_with_plans_of_their_own():
             mask = expand(plan, number)
             assert torch.equal(natural(plan, mask), pattern_mask(pattern, (2, 8, 8)))
             assert torch.equal(expand(plan, number, side="column"), mask)
+    whole = image_plan(Local(5), order, exact=False)
+    assert same_rule.exact and not per_head([local, whole], [0, 1]).exact
     densities = [plan.stats().token_density for plan in (local, wide)]
     assert same_rule.stats().token_density == pytest.approx(sum(densities) / 2)
     with pytest.raises(ConfigError, match="heads name plans 0 to 1"):
@@ -247,3 +249,11 @@ def test_errors():
         image_plan(Local(3), padded, (32, 32))
     with pytest.raises(ConfigError, match="different names"):
         Sequence((text_segment(4), text_segment(5)))
+    with pytest.raises(ConfigError, match="align is at least 1"):
+        Sequence((text_segment(4),), 0)
+    with pytest.raises(ConfigError, match="at least 1 token on each side"):
+        make_plan(sequence, sequence, rules, (0, 16))
+    with pytest.raises(ConfigError, match="is for another grid"):
+        image_plan(Box((1, 8, 8), (0, 1, 1)), TokenOrder((1, 4, 4)))
+    with pytest.raises(ConfigError, match="at least one, got none"):
+        per_head([], [])

@@ -36,6 +36,12 @@ def test_captions_parse_back_to_their_clip():
     assert seen == {*motion.DIRECTIONS, motion.STILL}
 
 
+def test_a_comma_may_stand_before_and():
+    plain = "a red circle moving left and a blue square moving up"
+    assert motion.parse(plain.replace(" and", ", and")) == motion.parse(plain)
+    assert motion.parse(plain.replace(" and", ",")) == motion.parse(plain)
+
+
 def test_every_word_is_in_the_vocabulary():
     rng, words = np.random.default_rng(2), set(motion.vocabulary())
     for clip in clips(200):

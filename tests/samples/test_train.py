@@ -54,6 +54,19 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert loss_curve.draw(curves, "linear").count("<polyline") == 1
 
 
+def test_gradients_of_any_memory_format_are_averaged(tmp_path, monkeypatch):
+    module = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    module(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)).square().sum().backward()
+    wanted = [p.grad.clone() for p in module.parameters()]
+    assert not wanted[0].is_contiguous()
+    trainer = Trainer(module, [torch.optim.SGD(module.parameters())], None, tmp_path, 1)
+    trainer.world_size = 4
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(8))
+    trainer._average_gradients()
+    for parameter, before in zip(module.parameters(), wanted, strict=True):
+        assert torch.equal(parameter.grad, 2 * before)
+
+
 def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     factors = [lr_factor(step, 1000) for step in range(1001)]
     assert factors[0] == 0.01 and factors[99] == factors[700] == 1.0 and factors[1000] == 0.0

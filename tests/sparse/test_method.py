@@ -9,9 +9,10 @@ import dittune
 from dittune.errors import ConfigError, SelectionError
 from dittune.method import Method
 from dittune.methods.merge_padding import MergePadding
+from dittune.models import unet
 from dittune.sparse import method as sparse
-from dittune.sparse.core import built_by
-from tests.tiny import FAMILIES, denoiser, flux, latents, sd3
+from dittune.sparse.core import GEOMETRIES, built_by
+from tests.tiny import FAMILIES, denoiser, flux, latents, sd, sd3
 
 WIDE = {"height": 24, "width": 40}  # 3 x 5 tokens: neither square nor divisible
 
@@ -205,6 +206,9 @@ def test_what_it_refuses():
         ({"backend": "cuda"}, "backend is one of"),
         ({"dense_layers": "x"}, "layers are written"),
         ({"radius": 0}, "radius is above 0"),
+        ({"radius": "3"}, "clear: radius is float, got '3'"),
+        ({"pooled": 2.5}, "clear: pooled is int, got 2.5"),
+        ({"start": True}, "clear: start is float, got True"),
         ({"pooled": -1}, "pooled is 0 or"),
     ):
         with pytest.raises(ConfigError, match=match):
@@ -221,6 +225,52 @@ def test_what_it_refuses():
     ):
         latents(pipe)
     assert hasattr(denoiser(pipe), "config")
+
+
+def test_what_is_computed_of_a_unet_counts_pairs():
+    """The outer stage has fewer layers than the inner one, but 16 times their pairs."""
+    pipe = sd()
+    with dittune.attach(pipe, dittune.Natten(window=3)) as handle:
+        latents(pipe, steps=1, height=64, width=64)
+        report = handle.report()["natten"]
+    stages = [site.stage for site in unet.sites(pipe.unet) if site.kind == "self"]
+    densities = {0: report["self"]["image_density"], 1: report["self 1"]["image_density"]}
+    assert densities == pytest.approx({0: 9 / 256, 1: 9 / 64})
+    pairs = {0: 256**2, 1: 64**2}
+    seen = sum(pairs[stage] * densities[stage] for stage in stages)
+    assert report["computed"] == pytest.approx(seen / sum(pairs[stage] for stage in stages))
+
+
+@pytest.mark.parametrize(
+    ("settings", "density"),
+    [
+        ({"window": 8, "dilation": 2}, 1),  # 4 x 4 tokens
+        ({"window": 2, "dilation": 2}, 1 / 4),
+        ({"window": 2, "dilation": 3}, 1 / 4),
+        ({"window": 3, "dilation": 2}, 9 / 16),
+    ],
+)
+def test_small_grids_are_seen_with_fewer_gaps(settings, density):
+    pipe = flux()
+    with dittune.attach(pipe, dittune.Natten(**settings)) as handle:
+        latents(pipe, steps=1, height=32, width=32)
+        assert handle.report()["natten"]["joint"]["image_density"] == pytest.approx(density)
+
+
+def test_many_sizes_beside_a_generation_do_not_take_its_plan():
+    """Both pipelines share what was built for the settings, of which the oldest is dropped."""
+    one, other, method = flux(), flux(), dittune.Clear(radius=1.5)
+    settings = {"steps": 3, "height": 32, "width": 32}
+    with dittune.attach(one, method):
+        wanted = latents(one, **settings)
+
+    def between(pipe, step, time, tensors):
+        for side in range(GEOMETRIES + 1) if step == 0 else ():
+            latents(other, steps=1, height=16, width=16 + 8 * side)
+        return tensors
+
+    with dittune.attach(one, method), dittune.attach(other, method):
+        assert torch.equal(latents(one, callback_on_step_end=between, **settings), wanted)
 
 
 def test_a_longer_sequence_scales_the_logits():
