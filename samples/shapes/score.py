@@ -146,12 +146,13 @@ def score(picture: np.ndarray, request: world.Request | str) -> Score:
 
 def judge(background: str, found: list[FoundObject], request: world.Request) -> Score:
     """Answer every question about what was read from a picture."""
-    free, matched = list(found), []
-    for named in request.objects:
+    free, matched = list(found), [None] * len(request.objects)
+    for i in sorted(range(len(matched)), key=lambda i: request.objects[i].size is None):
+        named = request.objects[i]  # those with a size take theirs first
         fitting = [f for f in free if (f.color, f.shape) == (named.color, named.shape)]
         fitting.sort(key=lambda f: (f.size != named.size, -f.fit))
-        matched.append(fitting[0] if fitting else None)
         if fitting:
+            matched[i] = fitting[0]
             free.remove(fitting[0])
     sizes = tuple(
         None if named.size is None else thing is not None and thing.size == named.size
@@ -161,9 +162,13 @@ def judge(background: str, found: list[FoundObject], request: world.Request) -> 
     if request.relation is not None:
         first, second = matched
         sx, sy = world.RELATIONS[request.relation]
-        relation = bool(first and second) and (
-            sx * (first.x - second.x) + sy * (first.y - second.y) >= world.RELATION_MARGIN / 2
-        )
+        if first and second:
+            apart = sx * (first.x - second.x) + sy * (first.y - second.y)
+            if request.objects[0] == request.objects[1]:  # whichever is meant by which
+                apart = abs(apart)
+            relation = apart >= world.RELATION_MARGIN / 2
+        else:
+            relation = False
     return Score(
         objects=tuple(thing is not None for thing in matched),
         sizes=sizes,

@@ -185,6 +185,11 @@ def test_neighborhood_bounds(grid, tiles, window, stride, visits, bounds, full_p
     assert round(100 * cost.full_share, 1) == full_percent
 
 
+def test_nothing_to_visit_bounds_nothing():
+    cost = tile_cost(~Local(99), (1, 8, 8), (1, 4, 4))
+    assert cost.worst == 0 and cost.bound == cost.mean_bound == math.inf
+
+
 def test_neighborhood_tiles_in_a_cube():
     cost = tile_cost(Neighborhood((48, 48, 48), (11, 11, 11)), (48, 48, 48), (4, 4, 4))
     full, visited = cost.full_share * cost.mean / cost.total, cost.mean / cost.total

@@ -133,3 +133,28 @@ def test_nothing_there():
 def test_wrong_pictures_are_refused(shape):
     with pytest.raises(ValueError, match="multiple of 64"):
         score.segment(np.zeros(shape, np.uint8))
+
+
+def test_two_objects_of_one_kind():
+    """Whichever is named first, each is the one that fits its words."""
+    (large,), (small, _) = world.SIZES["large"], world.SIZES["small"]
+    objects = (
+        world.SceneObject("red", "circle", 18, 32, large),
+        world.SceneObject("red", "circle", 48, 32, small),
+    )
+    scene = world.Scene(objects, next(iter(world.BACKGROUNDS)))
+    picture = world.draw(scene)
+    for caption in (
+        "a red circle and a large red circle",
+        "a large red circle and a red circle",
+        "a red circle right of a red circle",
+        "a red circle left of a red circle",
+        "a small red circle right of a large red circle",
+    ):
+        assert score.score(picture, caption).success, caption
+    for caption in (
+        "a small red circle left of a large red circle",
+        "a red circle above a red circle",
+        "a large red circle and a large red circle",
+    ):
+        assert not score.score(picture, caption).success, caption
