@@ -160,15 +160,11 @@ def judge(background: str, found: list[FoundObject], request: world.Request) -> 
     )
     relation = None
     if request.relation is not None:
-        first, second = matched
-        sx, sy = world.RELATIONS[request.relation]
-        if first and second:
-            apart = sx * (first.x - second.x) + sy * (first.y - second.y)
-            if request.objects[0] == request.objects[1]:  # whichever is meant by which
-                apart = abs(apart)
-            relation = apart >= world.RELATION_MARGIN / 2
-        else:
-            relation = False
+        (first, second), (sx, sy) = matched, world.RELATIONS[request.relation]
+        apart = sx * (first.x - second.x) + sy * (first.y - second.y) if first and second else 0
+        if request.objects[0] == request.objects[1]:  # whichever is meant by which
+            apart = abs(apart)
+        relation = apart >= world.RELATION_MARGIN / 2
     return Score(
         objects=tuple(thing is not None for thing in matched),
         sizes=sizes,
