@@ -13,7 +13,7 @@ from dittune.call import AttnCall, Site
 from dittune.errors import ConfigError
 from dittune.run import ModelInputs, Run
 
-NUMBERS = {"int": Integral, "float": Real}  # by annotation, which is text in this package
+NUMBERS = {"int": Integral, "float": Real}  # by annotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,10 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, known = getattr(self, field.name), NUMBERS.get(field.type)
+            kind = getattr(field.type, "__name__", field.type)  # a class, or its name
+            value, known = getattr(self, field.name), NUMBERS.get(kind)
             if known and not (isinstance(value, known) and type(value) is not bool):
-                raise ConfigError(f"{self.name}: {field.name} is {field.type}, got {value!r}")
+                raise ConfigError(f"{self.name}: {field.name} is {kind}, got {value!r}")
         if not 0.0 <= self.start <= self.stop <= 1.0:
             raise ConfigError(
                 f"{self.name}: start and stop are shares of the steps with 0 <= start <= stop <= 1,"
