@@ -41,7 +41,7 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            kind = getattr(field.type, "__name__", field.type)  # a class, or its name
+            kind = str(getattr(field.type, "__name__", field.type))  # a class, or its name
             value, known = getattr(self, field.name), NUMBERS.get(kind)
             if known and not (isinstance(value, known) and type(value) is not bool):
                 raise ConfigError(f"{self.name}: {field.name} is {kind}, got {value!r}")
